@@ -1,0 +1,1 @@
+"""The mathematics of TAC on arrays and tensors: no Ray, no FAISS, no files."""

@@ -1,0 +1,89 @@
+"""Which nouns describe a collection: Eq. 2 and Eq. 4-6 of the paper.
+
+N images, K clusters, k centroids, d embedding width, T nouns.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Precision = Literal["float16", "float32"]
+
+
+def n_semantic_centroids(
+    n_images: int,
+    n_clusters: int,
+    *,
+    images_per_centroid: int = 300,
+    centroids_per_cluster: int = 3,
+    max_centroids: int = 20_000,
+) -> int:
+    """k = max(N / 300, 3 K), at most `max_centroids` and at most N (Eq. 2).
+
+    The cap is not the paper's: past 7 M images five nouns a centroid would exceed the nouns
+    there are.
+    """
+    wanted = max(n_images // images_per_centroid, centroids_per_cluster * n_clusters)
+    return min(wanted, max_centroids, n_images)
+
+
+def classify_nouns(
+    nouns: Tensor, centroids: Tensor, *, precision: Precision = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Each noun's most probable centroid: argmax and max of p(centroid | noun) (Eq. 4).
+
+    Args:
+        nouns: unit-norm text embeddings, (T, d).
+        centroids: unit-norm image centroids, (k, d).
+        precision: "float16" rounds inputs, similarities and softmax as the published code does,
+            which makes thousands of ties; "float32" does not.
+
+    Returns:
+        centroid_id (T,) int64 and confidence (T,) float32.
+
+    Cost: 2 T k d operations; memory T k numbers, so callers pass nouns in batches.
+    """
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    similarity = nouns.to(dtype) @ centroids.to(dtype).T
+    confidence, centroid_id = torch.softmax(similarity, dim=1).max(dim=1)
+    if precision == "float16":
+        # max() of tied halves may return any of them; the first centroid is the stated rule.
+        probability = torch.softmax(similarity, dim=1)
+        centroid_id = (probability == confidence[:, None]).to(torch.int8).argmax(dim=1)
+    return centroid_id, confidence.float()
+
+
+def top_nouns_per_centroid(
+    centroid_id: Tensor, confidence: Tensor, *, nouns_per_centroid: int
+) -> Tensor:
+    """Rows of the most confident nouns of every centroid (Eq. 5, 6), ties broken by noun row.
+
+    Args:
+        centroid_id: (T,) int64, the centroid of each noun.
+        confidence: (T,) float32, its probability.
+        nouns_per_centroid: gamma of the paper; centroids with fewer nouns keep what they have.
+
+    Returns:
+        Selected noun rows in increasing order, (M,) int64 with M <= gamma k.
+    """
+    by_confidence = torch.argsort(confidence, descending=True, stable=True)
+    order = by_confidence[torch.argsort(centroid_id[by_confidence], stable=True)]
+    ids = centroid_id[order]
+    starts = torch.searchsorted(ids, ids, side="left")
+    rank = torch.arange(len(ids)) - starts
+    return order[rank < nouns_per_centroid].sort().values
+
+
+def mean_over_templates(embeddings: Tensor) -> Tensor:
+    """Unit-norm mean of a noun's *unnormalized* embeddings over its prompts.
+
+    Args:
+        embeddings: (n_nouns, n_templates, d), as the text tower gives them.
+
+    Returns:
+        (n_nouns, d) float32. The published code averages before it normalizes, so a prompt with a
+        longer vector counts for more.
+    """
+    return F.normalize(embeddings.float().mean(dim=1), dim=-1)
