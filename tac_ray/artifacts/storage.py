@@ -1,0 +1,126 @@
+"""A folder on a local path or on `s3://`, through fsspec."""
+
+import io
+import os
+import posixpath
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from numpy.typing import NDArray
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` names a local file or folder rather than an object store."""
+    return "://" not in path or path.startswith("file://")
+
+
+def absolute(path: str) -> str:
+    """Local paths made absolute, urls without a trailing slash."""
+    if is_local(path):
+        return str(Path(path.removeprefix("file://")).expanduser().resolve())
+    return path.rstrip("/")
+
+
+def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec filesystem of `path`, without listing cache, and the path inside it.
+
+    S3 takes endpoint, region, credentials and profile from the standard AWS variables, and tries
+    again on throttling and 5xx.
+    """
+    if is_local(path):
+        return fsspec.filesystem("file"), absolute(path)
+    options: dict[str, Any] = {}
+    if path.startswith("s3://"):
+        retries = {"max_attempts": 10, "mode": "adaptive"}
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
+    fs, inner = fsspec.url_to_fs(path, **options)
+    return fs, str(inner)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of files written whole: a reader sees a complete file or none."""
+
+    path: str
+
+    def join(self, *names: str) -> str:
+        """Path of a file or folder inside."""
+        return posixpath.join(self.path, *names)
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        fs, path = filesystem(self.join(name))
+        return bool(fs.exists(path))
+
+    def read(self, name: str) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError: no such file.
+        """
+        fs, path = filesystem(self.join(name))
+        return fs.cat_file(path)  # type: ignore[no-any-return]
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole: rename over the old one locally, one PUT on an object store."""
+        target = self.join(name)
+        fs, path = filesystem(target)
+        if not is_local(target):
+            fs.pipe_file(path, data)
+            return
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            part.write_bytes(data)
+            os.replace(part, final)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def remove(self, name: str = "") -> None:
+        """Remove a file or a folder with all it holds; nothing happens if it is not there."""
+        target = self.join(name) if name else self.path
+        fs, path = filesystem(target)
+        if is_local(target) and Path(path).is_dir():
+            shutil.rmtree(path)
+        elif fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file as a table."""
+        return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
+
+
+def table_bytes(table: pa.Table, *, plain: bool = False) -> bytes:
+    """A table as a Parquet file.
+
+    Args:
+        table: what to write.
+        plain: uncompressed and without dictionary, for embeddings, which neither shortens but
+            both slow to read.
+    """
+    buffer = io.BytesIO()
+    pq.write_table(
+        table, buffer, compression="none" if plain else "zstd", use_dictionary=not plain
+    )
+    return buffer.getvalue()
+
+
+def array_bytes(array: NDArray[Any]) -> bytes:
+    """An array as a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def array_from(data: bytes) -> NDArray[Any]:
+    """An array from the bytes of a .npy file; pickled objects are refused."""
+    return np.load(io.BytesIO(data), allow_pickle=False)  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""`tac-ray run | assign | status`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import ray
+import tyro
+from rich.console import Console
+
+from tac_ray.artifacts.run import Run
+from tac_ray.artifacts.storage import Folder, absolute
+from tac_ray.config import TacConfig, best, reference
+from tac_ray.pipeline import assign, run
+from tac_ray.progress import score_table, stage_table
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
+        "run": (run_command, "cluster a folder or bucket of images"),
+        "assign": (_assign_command, "put new images into the clusters of a run"),
+        "status": (_status_command, "what a run has done"),
+    }
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name not in commands:
+        known = "\n".join(f"  {command:<8}{about}" for command, (_, about) in commands.items())
+        print(f"usage: tac-ray COMMAND [--help] ...\n\ncommands:\n{known}")
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    commands[name][0](arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Configuration:
+    config: Literal["best", "reference"] = "best"
+    """best: the published method with its faults repaired; reference: what its code computes."""
+
+
+def run_command(arguments: Sequence[str], **defaults: Any) -> None:
+    """`tac-ray run` with other defaults: what the jobs are made of.
+
+    Args:
+        arguments: the command line without the program's name.
+        defaults: fields of TacConfig to start from.
+    """
+    chosen, rest = tyro.cli(
+        _Configuration, args=arguments, return_unknown_args=True, add_help=False
+    )
+    required = {name: tyro.MISSING for name in ("images", "n_clusters", "out")}
+    start = {"best": best, "reference": reference}[chosen.config](**{**required, **defaults})
+    config = _parse(
+        lambda: tyro.cli(
+            TacConfig,
+            prog="tac-ray run [--config {best,reference}]",
+            description="Cluster a folder or bucket of images into named groups.",
+            default=start,
+            args=rest,
+        )
+    )
+    _show(_plainly(lambda: run(config), verbose=config.verbose))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Assign:
+    run: tyro.conf.Positional[str]
+    """Folder or s3:// prefix of a finished run."""
+    images: str
+    """Folder or s3:// prefix of the new images."""
+    out: str
+    """Where the new table goes."""
+    verbose: bool = False
+    """Show Ray's own log lines."""
+
+
+def _assign_command(arguments: Sequence[str]) -> None:
+    wanted = tyro.cli(_Assign, prog="tac-ray assign", args=arguments)
+    _show(
+        _plainly(
+            lambda: assign(
+                wanted.run, images=wanted.images, out=wanted.out, verbose=wanted.verbose
+            ),
+            verbose=wanted.verbose,
+        )
+    )
+
+
+def _status_command(arguments: Sequence[str]) -> None:
+    path = tyro.cli(
+        Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")],
+        prog="tac-ray status",
+        description="Stages of a run, their rows, seconds and sizes.",
+        args=arguments,
+    )
+    found = _plainly(lambda: Run.load(absolute(path)), verbose=False)
+    _show(found)
+
+
+def _show(found: Run) -> None:
+    """The table of stages, the largest clusters, the scores, and where the results are."""
+    console = Console(highlight=False, soft_wrap=True)
+    artifacts = {step: found.artifact(step) for step in found.artifacts}
+    console.print(stage_table(artifacts, found.seconds))
+    if not found.finished:
+        console.print("not finished; the same command goes on from here")
+        return
+    console.print(score_table(found.scores) if found.scores else "no labels, so no scores")
+    names = found.names.sort_by([("size", "descending")]).to_pylist()
+    shown = ", ".join(f"{row['name']} ({row['size']:,})" for row in names[:20])
+    rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    console.print(f"clusters: {shown}{rest}", markup=False)
+    console.print(f"table: {Folder(found.out).join('clusters')}", markup=False)
+
+
+def _parse(parse: Callable[[], T]) -> T:
+    """Parse options; a value that a config refuses ends like any other bad option."""
+    return _plainly(parse, verbose=False)
+
+
+def _plainly(work: Callable[[], T], *, verbose: bool) -> T:
+    """Do the work; bad input ends the program with one line and exit code 2."""
+    try:
+        return work()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if verbose:
+            raise
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        print(f"error: {cause}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Every option of a run: one frozen dataclass per stage, and `TacConfig` around them.
+
+`best()` is the default, `reference()` computes what the paper's published code computes; a variant
+of either is `dataclasses.replace`. Options that cannot change a result (worker counts, sizes of
+inference batches) are marked, and stay out of the artifacts' fingerprints.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from tac_ray.algorithm.losses import ConfidenceForm, DistillationForm
+from tac_ray.algorithm.nouns import Precision
+
+Method = Literal["kmeans", "train-free", "tac"]
+METHOD_TITLES: dict[str, str] = {
+    "kmeans": "k-means on embeddings",
+    "train-free": "TAC without training",
+    "tac": "TAC",
+}
+
+
+def _unhashed(default: Any) -> Any:
+    return field(default=default, metadata={"changes_result": False})
+
+
+def _at_least(config: Any, **least: float) -> None:
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if value is None or value is tyro.MISSING:
+            continue
+        if not value >= minimum:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{name}={value} should be >= {minimum}; change {flag}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Which dual encoder, and how it sees images."""
+
+    model: str = "ViT-B-32-quickgelu"
+    """open_clip architecture, or `local-dir:PATH` or `hf-hub:NAME`, which bring their weights."""
+    pretrained: str | None = "openai"
+    """open_clip tag or path of the weights; not used with `local-dir:` and `hf-hub:`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of both towers; auto is fp16 on CUDA and fp32 on CPU."""
+    resize: int | None = None
+    """Resize the short side to this before the crop; default is the encoder's own size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedImagesConfig:
+    """How images become sealed parts of embeddings."""
+
+    part_rows: int = 32_768
+    """Rows of a part. Blocks of arithmetic are cut at parts, so it enters the bits."""
+    image_batch_size: int = _unhashed(64)
+    """Images a forward pass; every batch is padded to it."""
+    n_encoders: int | None = _unhashed(None)
+    """Encoder actors; default is one per GPU, or one on CPU."""
+    max_failures: float = _unhashed(0.5)
+    """Stop when more than this share of the images cannot be read."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, part_rows=1, image_batch_size=1, n_encoders=1)
+        if not 0 <= self.max_failures <= 1:
+            raise ValueError(f"max_failures={self.max_failures} should be a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedNounsConfig:
+    """Which nouns, and how they are prompted."""
+
+    nouns: str = "wordnet"
+    """wordnet (all nouns of WordNet 3.0), short (about 8,000 visible things), or a text file
+    with one noun a line, such as the class names."""
+    noun_form: Literal["clean", "raw"] = "clean"
+    """clean: distinct nouns, underscores to spaces. raw: every (synset, lemma) row as it is."""
+    text_batch_size: int = _unhashed(256)
+    """Prompts a forward pass."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, text_batch_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig:
+    """Spherical k-means, for the semantic centroids and for the answer without training."""
+
+    max_iterations: int = 300
+    """Passes over all rows a restart, at most."""
+    tolerance: float = 1e-5
+    """Stop a restart when the objective improves by less than this share; 0: when it no longer
+    improves at all."""
+    centroid_restarts: int = 3
+    """Restarts for the semantic centroids; the best objective wins."""
+    cluster_restarts: int = 20
+    """Restarts for the final clusters without training."""
+    max_points_per_centroid: int | None = None
+    """Fit on a sample of at most this many rows a centroid (FAISS silently takes 256); default
+    all rows."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self,
+            max_iterations=1,
+            tolerance=0,
+            centroid_restarts=1,
+            cluster_restarts=1,
+            max_points_per_centroid=1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectNounsConfig:
+    """The text space: semantic centroids and their nouns (Eq. 2-6)."""
+
+    n_centroids: int | None = None
+    """k; default max(N / images_per_centroid, centroids_per_cluster * K) (Eq. 2)."""
+    images_per_centroid: int = 300
+    """Images that the same nouns can describe."""
+    centroids_per_cluster: int = 3
+    """Semantic centroids a cluster has at least."""
+    max_centroids: int = 20_000
+    """Upper bound of the formula."""
+    nouns_per_centroid: int = 5
+    """gamma."""
+    selection_precision: Precision = "float32"
+    """Arithmetic of Eq. 4; float16 gives the published code's ties."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self,
+            n_centroids=1,
+            images_per_centroid=1,
+            centroids_per_cluster=1,
+            max_centroids=1,
+            nouns_per_centroid=1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildCounterpartsConfig:
+    """Text counterparts of images (Eq. 7, 8)."""
+
+    retrieval_temperature: float = 0.005
+    """tau~; smaller is closer to the single nearest noun."""
+    counterpart_precision: Precision = "float32"
+    """Arithmetic of Eq. 7; float16 rounds where the published code does."""
+
+    def __post_init__(self) -> None:
+        if not self.retrieval_temperature > 0:
+            raise ValueError(
+                f"retrieval_temperature={self.retrieval_temperature} should be > 0; "
+                "change --retrieval-temperature"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindNeighborsConfig:
+    """Nearest neighbors of images and of their text counterparts."""
+
+    n_neighbors: int = 50
+    """N^."""
+    self_neighbor: Literal["row", "first_column"] = "row"
+    """How an image is kept from being its own neighbor: by its row, or by dropping the first
+    result (published code; wrong for duplicates)."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, n_neighbors=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainHeadsConfig:
+    """Cluster heads (Eq. 9-17). The defaults of the first three follow K, as in the paper."""
+
+    epochs: int | None = None
+    """Default 20 up to K = 100, 100 above."""
+    batch_size: int | None = None
+    """Global batch over all workers, at most N; default 512 up to K = 100, 8192 above."""
+    distillation_temperature: float | None = None
+    """tau^; default 0.5 up to K = 100, 5.0 above."""
+    batch_over_n: Literal["shrink", "refuse"] = "shrink"
+    """What to do with a batch larger than N: make it N, or refuse (the published code would make
+    no step)."""
+    balance_weight: float = 5.0
+    """alpha."""
+    learning_rate: float = 1e-3
+    """Of Adam, without schedule."""
+    beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.99
+    """Adam's decay of the mean squared gradient."""
+    distillation_form: DistillationForm = "published"
+    """published: negatives of both modalities, mean; paper: Eq. 11-13."""
+    confidence_form: ConfidenceForm = "published"
+    """published: mean of -log(p . q); paper: Eq. 14."""
+    n_workers: int | None = _unhashed(None)
+    """Training workers; default is one per GPU, or one on CPU."""
+    checkpoint_every: int = _unhashed(10)
+    """Epochs between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, epochs=1, batch_size=2, n_workers=1, checkpoint_every=1, balance_weight=0)
+
+    def resolve(self, n_clusters: int) -> "TrainHeadsConfig":
+        """The same with the defaults that follow K filled in."""
+        large = n_clusters > 100
+        return dataclasses.replace(
+            self,
+            epochs=self.epochs or (100 if large else 20),
+            batch_size=self.batch_size or (8192 if large else 512),
+            distillation_temperature=self.distillation_temperature or (5.0 if large else 0.5),
+        )
+
+
+_Flat = tyro.conf.OmitArgPrefixes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TacConfig:
+    """A whole run, from a folder or bucket of images to the table of named clusters."""
+
+    images: str
+    """Folder or s3:// prefix of images. A tree with one folder a class is scored."""
+    n_clusters: int
+    """K, how many clusters to find."""
+    out: str
+    """Folder or s3:// prefix of this run's results."""
+    store: str | None = _unhashed(None)
+    """Where artifacts are kept and shared by runs; default `artifacts` beside --out."""
+    val_images: str | None = None
+    """More images to assign without training on them, and to score if labeled."""
+    labels: Literal["auto", "folder", "none"] = "auto"
+    """Whether the folder an image lies in is its label; auto: if every image lies in one."""
+    methods: tuple[Method, ...] = ("kmeans", "train-free", "tac")
+    """What to run; the last is the answer in `clusters/`, the others lie beside it."""
+    seed: int = 0
+    """Of k-means, of the heads and of their samples."""
+    n_shards: int | None = _unhashed(None)
+    """Index actors; default one per node or GPU."""
+    replace: bool = _unhashed(False)
+    """Replace the run of other options that --out holds."""
+    verbose: bool = _unhashed(False)
+    """Show Ray's own log lines."""
+    encoder: Annotated[EncoderConfig, _Flat] = EncoderConfig()
+    embed_images: Annotated[EmbedImagesConfig, _Flat] = EmbedImagesConfig()
+    embed_nouns: Annotated[EmbedNounsConfig, _Flat] = EmbedNounsConfig()
+    kmeans: Annotated[KMeansConfig, _Flat] = KMeansConfig()
+    select_nouns: Annotated[SelectNounsConfig, _Flat] = SelectNounsConfig()
+    build_counterparts: Annotated[BuildCounterpartsConfig, _Flat] = BuildCounterpartsConfig()
+    find_neighbors: Annotated[FindNeighborsConfig, _Flat] = FindNeighborsConfig()
+    train_heads: Annotated[TrainHeadsConfig, _Flat] = TrainHeadsConfig()
+
+    def __post_init__(self) -> None:
+        _at_least(self, n_clusters=2, n_shards=1, seed=0)
+        if not self.methods or len(set(self.methods)) != len(self.methods):
+            raise ValueError(
+                f"methods={self.methods} should name each of {', '.join(METHOD_TITLES)} "
+                "at most once and one at least; change --methods"
+            )
+
+    @property
+    def answer(self) -> Method:
+        """The method whose table is the run's answer."""
+        return self.methods[-1]
+
+
+def best(**options: Any) -> TacConfig:
+    """The published method with its faults repaired (the default)."""
+    return TacConfig(**options)
+
+
+def reference(**options: Any) -> TacConfig:
+    """What the published code computes, to compare with its figures.
+
+    One option a difference: noun rows, k-means on a sample with fixed restarts, half precision in
+    Eq. 4 and 7, neighbors without the first column.
+    """
+    published: dict[str, Any] = {
+        "encoder": EncoderConfig(precision="fp32"),
+        "embed_nouns": EmbedNounsConfig(noun_form="raw"),
+        "kmeans": KMeansConfig(
+            tolerance=0.0,
+            centroid_restarts=10,
+            cluster_restarts=20,
+            max_points_per_centroid=256,
+        ),
+        "select_nouns": SelectNounsConfig(selection_precision="float16"),
+        "build_counterparts": BuildCounterpartsConfig(counterpart_precision="float16"),
+        "find_neighbors": FindNeighborsConfig(self_neighbor="first_column"),
+        "train_heads": TrainHeadsConfig(batch_over_n="refuse"),
+    }
+    return TacConfig(**{**published, **options})
+
+
+def from_dict(options: dict[str, Any]) -> TacConfig:
+    """The configuration that run.json holds."""
+    known = {spec.name: getattr(TacConfig, spec.name, None) for spec in dataclasses.fields(TacConfig)}
+    values = {
+        name: type(known[name])(**value) if dataclasses.is_dataclass(known[name]) else value
+        for name, value in options.items()
+    }
+    return TacConfig(**{**values, "methods": tuple(values["methods"])})

@@ -1,0 +1,252 @@
+"""A dual encoder through open_clip: images and texts into one space."""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+from torchvision import transforms
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Which encoder to load and in which arithmetic; small, so it travels to every worker."""
+
+    model: str
+    pretrained: str | None
+    precision: str
+    resize: int | None = None
+
+    def load(self, device: str = "cpu") -> "Encoder":
+        """Load the weights (seconds, and the size of the model in memory).
+
+        Raises:
+            ValueError: unknown architecture or tag, OpenAI weights without QuickGELU, or weights
+                of another architecture.
+            FileNotFoundError: no such weights.
+        """
+        return Encoder(self, device)
+
+
+class Encoder:
+    """Image and text tower of one model, in evaluation mode."""
+
+    def __init__(self, spec: EncoderSpec, device: str = "cpu") -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        self._model = _load_model(spec).eval().to(self.device)
+        self._tokenize = open_clip.get_tokenizer(spec.model)
+        preprocess = open_clip.get_model_preprocess_cfg(self._model)
+        self.crop = _crop(preprocess, spec.resize)
+        self._mean = torch.tensor(preprocess["mean"], device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(preprocess["std"], device=self.device).view(1, 3, 1, 1)
+        size = preprocess["size"]
+        self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        """Height and width of the pixels it takes."""
+        # Text of the towers that share a text encoder (models differing in `visual` alone) has
+        # one fingerprint, so their nouns are embedded once.
+        self.image_fingerprint = _hash(
+            [repr(self._model.visual), str(sorted(preprocess.items())), str(spec.resize)],
+            {n: t for n, t in self._model.state_dict().items() if n.startswith("visual.")},
+            spec.precision,
+        )
+        self.text_fingerprint = _hash(
+            [repr(m) for n, m in self._model.named_children() if n != "visual"],
+            {
+                n: t
+                for n, t in self._model.state_dict().items()
+                if not n.startswith("visual.") and n not in ("logit_scale", "logit_bias")
+            },
+            spec.precision,
+        )
+
+    @functools.cached_property
+    def width(self) -> int:
+        """d, the width of the embeddings."""
+        pixels = np.zeros((1, *self.image_size, 3), dtype=np.uint8)
+        return self.encode_images(pixels, batch_size=1).shape[1]
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: NDArray[np.uint8], *, batch_size: int) -> NDArray[np.float32]:
+        """Unit-norm embeddings, (n, d).
+
+        Every forward pass has exactly `batch_size` images, the last one padded, since the bits of
+        an embedding depend on the shape of its batch.
+
+        Args:
+            pixels: cropped images, (n, height, width, 3).
+            batch_size: images a forward pass.
+        """
+        out = []
+        for start in range(0, len(pixels), batch_size):
+            batch = torch.from_numpy(pixels[start : start + batch_size].copy())
+            n = len(batch)
+            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - n))
+            batch = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+            scaled = (batch.float() / 255 - self._mean) / self._std
+            with self._autocast():
+                embedding = self._model.encode_image(scaled)
+            out.append(F.normalize(embedding[:n].float(), dim=-1).cpu())
+        return torch.cat(out).numpy()
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int) -> Tensor:
+        """Embeddings as the text tower gives them, not normalized, (n, d) float32 on the CPU.
+
+        Texts are sorted by length and each batch is cut at its longest, where the tower is causal
+        and reads the end-of-text position, so that padding after it changes nothing. Other towers
+        run at full length.
+        """
+        tokens = self._tokenize(list(texts))
+        tower = _text_tower(self._model)
+        lengths = _text_lengths(tower, tokens)
+        out = torch.empty(0)
+        order = torch.argsort(lengths, stable=True)
+        for rows in order.split(batch_size):
+            batch = tokens[rows, : int(lengths[rows[-1]])]
+            batch = F.pad(batch, (0, 0, 0, batch_size - len(rows))).to(self.device)
+            with self._autocast():
+                embedding = (
+                    _short_text_forward(tower, batch)
+                    if batch.shape[1] < tokens.shape[1]
+                    else self._model.encode_text(batch)
+                )
+            if not len(out):
+                out = torch.empty(len(texts), embedding.shape[1])
+            out[rows] = embedding[: len(rows)].float().cpu()
+        return out
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _AUTOCAST.get(self.spec.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def resolve_precision(precision: str, *, on_gpu: bool) -> str:
+    """`auto` made definite: fp16 on CUDA, fp32 on CPU. Chosen once a run, not by each node."""
+    if precision != "auto":
+        return precision
+    return "fp16" if on_gpu else "fp32"
+
+
+def _load_model(spec: EncoderSpec) -> Any:
+    has_schema = spec.model.startswith(("local-dir:", "hf-hub:"))
+    pretrained = None if has_schema else spec.pretrained
+    if not has_schema:
+        _check_architecture(spec.model, pretrained)
+    elif spec.model.startswith("local-dir:"):
+        folder = Path(spec.model.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise FileNotFoundError(
+                f"no open_clip_config.json in {folder}; --model local-dir: needs a folder with "
+                "it and the weights"
+            )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return open_clip.create_model(
+                spec.model, pretrained=pretrained, require_pretrained=True, weights_only=True
+            )
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" in str(error) or "size mismatch" in str(error):
+            first = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(
+                f"weights {pretrained or spec.model} are not of architecture {spec.model} "
+                f"({first}); give both --model and --pretrained of the same model"
+            ) from error
+        raise FileNotFoundError(
+            f"no weights for --model {spec.model} --pretrained {pretrained}: {error}"
+        ) from error
+
+
+def _check_architecture(model: str, pretrained: str | None) -> None:
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise ValueError(
+            f"unknown --model {model}; use a name of open_clip.list_models(), such as "
+            "ViT-B-32-quickgelu, or local-dir:PATH"
+        )
+    if pretrained is None:
+        raise ValueError(f"--model {model} needs --pretrained: an open_clip tag or a path")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    base = model.removesuffix("-quickgelu")
+    if pretrained.lower() == "openai" and not config.get("quick_gelu", False):
+        raise ValueError(
+            f"--pretrained openai was trained with QuickGELU and --model {model} has GELU, which "
+            f"silently costs accuracy; use --model {base}-quickgelu"
+        )
+    if pretrained.lower() not in (tag.lower() for tag in tags) and not Path(pretrained).exists():
+        raise FileNotFoundError(
+            f"no weights {pretrained!r} for --model {model}: neither a file nor one of its tags "
+            f"({', '.join(tags) or 'it has none'})"
+        )
+
+
+def _crop(preprocess: dict[str, Any], resize: int | None) -> transforms.Compose:
+    config = PreprocessCfg(**preprocess)
+    # The last two steps make a normalized tensor, which is the device's work.
+    steps = image_transform_v2(config, is_train=False).transforms[:-2]
+    if resize is not None:
+        size = config.size if isinstance(config.size, int) else max(config.size)
+        if resize < size:
+            raise ValueError(
+                f"resize={resize} should be >= the encoder's image size {size}; raise --resize"
+            )
+        if not isinstance(steps[0], transforms.Resize):
+            raise ValueError(
+                f"resize={resize} works with encoders that resize the short side; this one uses "
+                f"resize_mode={config.resize_mode}; leave out --resize"
+            )
+        steps[0] = transforms.Resize(resize, interpolation=steps[0].interpolation)
+    return transforms.Compose(steps)
+
+
+def _hash(structure: list[str], tensors: dict[str, Tensor], precision: str) -> str:
+    # The modules' printed structure tells activations apart, which no weight does.
+    digest = hashlib.sha256("\n".join([*structure, precision]).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _text_tower(model: Any) -> Any:
+    return getattr(model, "text", model)
+
+
+def _text_lengths(tower: Any, tokens: Tensor) -> Tensor:
+    """Positions each text needs: up to its end-of-text token if the tower allows it, else all."""
+    full = torch.full((len(tokens),), tokens.shape[1])
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = isinstance(getattr(tower, "attn_mask", None), Tensor)
+    plain = isinstance(getattr(tower, "transformer", None), nn.Module) and hasattr(
+        tower, "token_embedding"
+    )
+    if not (causal and plain and pool == "argmax" and getattr(tower, "cls_emb", None) is None):
+        return full
+    return tokens.argmax(dim=1) + 1
+
+
+def _short_text_forward(tower: Any, tokens: Tensor) -> Tensor:
+    """The text tower on fewer positions than its context: positions and mask are sliced."""
+    length = tokens.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -1,0 +1,57 @@
+"""From the bytes of an untrusted file to the pixels an encoder takes."""
+
+import io
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 200_000_000
+"""Larger images are refused before they are decompressed."""
+
+Crop = Callable[[Image.Image], Image.Image]
+
+
+def decode_image(data: bytes, crop: Crop) -> NDArray[np.uint8]:
+    """Pixels of an image as a viewer shows it, resized and cropped, (height, width, 3) uint8.
+
+    The first frame; turned as EXIF says; palette, gray, 16-bit and CMYK converted to RGB;
+    transparency over white.
+
+    Args:
+        data: content of a JPEG, PNG, WebP, BMP, GIF or TIFF file.
+        crop: the encoder's resize and crop.
+
+    Raises:
+        ValueError: not an image, truncated, or larger than MAX_PIXELS.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(
+                        f"{width} x {height} pixels should be <= {MAX_PIXELS:,} in all"
+                    )
+                image.load()
+                rgb = _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return np.asarray(crop(rgb), dtype=np.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit gray to 255 instead of scaling it.
+        wide = np.asarray(image, dtype=np.float64)
+        return Image.fromarray((wide / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

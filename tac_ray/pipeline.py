@@ -1,0 +1,411 @@
+"""The stages in order: from a folder or bucket of images to named clusters."""
+
+import dataclasses
+import json
+import logging
+import os
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.run import RUN_FILE, Run
+from tac_ray.artifacts.storage import Folder, absolute, is_local
+from tac_ray.artifacts.store import Progress, Store, result_options
+from tac_ray.config import Method, TacConfig, from_dict
+from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
+from tac_ray.encoders.nouns import load_nouns
+from tac_ray.index.group import ShardGroup
+from tac_ray.algorithm.nouns import n_semantic_centroids
+from tac_ray.plan import make_plan
+from tac_ray.progress import ConsoleProgress
+from tac_ray.stages.assign_clusters import Model, assign_clusters
+from tac_ray.stages.build_counterparts import build_counterparts
+from tac_ray.stages.embed_images import embed_images
+from tac_ray.stages.embed_nouns import embed_nouns
+from tac_ray.stages.evaluate import evaluate, read_scores
+from tac_ray.stages.find_centroids import find_centroids
+from tac_ray.stages.find_neighbors import find_neighbors
+from tac_ray.stages.list_images import list_images
+from tac_ray.stages.parts import map_parts
+from tac_ray.stages.select_nouns import select_nouns
+from tac_ray.stages.train_heads import check_batch, train_heads
+
+PROTOCOLS: dict[str, str] = {
+    "kmeans": "k-means fitted on the embeddings of --images; other splits by nearest centroid",
+    "train-free": "k-means fitted on [t~, v] of --images; other splits by nearest centroid",
+    "tac": "heads trained on --images; other splits by the image head",
+    "kmeans@val": "k-means fitted on the embeddings of the scored split (published protocol)",
+    "train-free@val": "k-means fitted on [t~, v] of the scored split (published protocol)",
+}
+
+
+def run(config: TacConfig, progress: Progress | None = None) -> Run:
+    """Cluster a collection.
+
+    Finished stages are found in the store and not run again, so the same call goes on where a
+    killed one stopped.
+
+    Args:
+        config: what to do; `tac_ray.best(...)` or `tac_ray.reference(...)`.
+        progress: who is told; default prints to the terminal.
+
+    Returns:
+        The run, with its table as `clusters`, an Arrow dataset.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: bad input, before any long work.
+    """
+    config = _absolute_paths(config)
+    steps = _Steps(config, progress or ConsoleProgress())
+    store = steps.store
+    chosen, heads_config = config.select_nouns, config.train_heads.resolve(config.n_clusters)
+
+    listing = steps.add("list_images", list_images(store, config.images, labels=config.labels))
+    _check_sizes(config, listing.n_rows)
+    if config.val_images:
+        list_images(store, config.val_images, labels=config.labels)
+    noun_list = load_nouns(config.embed_nouns.nouns, config.embed_nouns.noun_form)
+    with _ray_session(config.verbose):
+        spec = _encoder_spec(config)
+        encoder = spec.load()
+        plan = make_plan(
+            config, n_images=listing.n_rows, n_nouns=len(noun_list), width=encoder.width
+        )
+        plan.check()
+        for line in plan.lines():
+            steps.progress.say(line)
+
+        images = steps.add(
+            "embed_images", embed_images(store, config.embed_images, spec, encoder, listing)
+        )
+        _check_sizes(config, images.n_rows)
+        nouns = steps.add(
+            "embed_nouns",
+            embed_nouns(store, config.embed_nouns, spec, encoder.text_fingerprint, noun_list),
+        )
+        with ShardGroup(config.n_shards) as index:
+            centroids = find_centroids(
+                store,
+                config.kmeans,
+                index,
+                [images],
+                n_centroids=_n_centroids(config, images.n_rows),
+                restarts=config.kmeans.centroid_restarts,
+                seed=config.seed,
+            )
+            steps.add("find_centroids", centroids)
+            selected = steps.add("select_nouns", select_nouns(store, chosen, centroids, nouns))
+            counterparts = steps.add(
+                "build_counterparts",
+                build_counterparts(store, config.build_counterparts, images, selected),
+            )
+            models = _cluster_without_training(steps, index, images, counterparts)
+            if "tac" in config.methods:
+                find = config.find_neighbors
+                near = find_neighbors(store, find, index, images)
+                steps.add("find_neighbors:image", near)
+                near_text = find_neighbors(store, find, index, counterparts)
+                steps.add("find_neighbors:text", near_text)
+        if "tac" in config.methods:
+            heads = train_heads(
+                store,
+                heads_config,
+                images,
+                counterparts,
+                near,
+                near_text,
+                n_clusters=config.n_clusters,
+                seed=config.seed,
+            )
+            models["tac"] = Model(method="tac", artifact=steps.add("train_heads", heads))
+        fitted = Fitted(spec, encoder, selected, models)
+        assignments = {
+            method: assign_clusters(store, models[method], listing, images, counterparts, selected)
+            for method in config.methods
+        }
+        for method, assignment in assignments.items():
+            steps.add(f"assign_clusters:{method}", assignment)
+            suffix = "" if method == config.answer else f"-{method}"
+            _publish(assignment, config.out, suffix)
+        if config.val_images is None:
+            splits = {"all": (listing, assignments)}
+        else:
+            val = _assign_split(steps, fitted, config.val_images, assignments, prefix="val/")
+            splits = {"train": (listing, assignments), "val": val}
+            _publish(val[1][config.answer], config.out, "-val")
+        return steps.finish(splits)
+
+
+def assign(
+    run_path: str, *, images: str, out: str, verbose: bool = False, progress: Progress | None = None
+) -> Run:
+    """Put new images into the clusters of a finished run, without training.
+
+    Args:
+        run_path: the `--out` of the run.
+        images: folder or prefix of the new images.
+        out: where the new table goes.
+        verbose: show Ray's own log lines.
+        progress: who is told; default prints to the terminal.
+
+    Returns:
+        A run that holds the new images' table.
+
+    Raises:
+        FileNotFoundError: no run there, or it is not finished.
+    """
+    earlier = Run.load(absolute(run_path))
+    if not earlier.finished:
+        raise FileNotFoundError(f"the run at {run_path} is not finished; run it again to its end")
+    config = dataclasses.replace(
+        from_dict(earlier.config), images=images, out=out, val_images=None, verbose=verbose
+    )
+    config = _absolute_paths(config)
+    steps = _Steps(config, progress or ConsoleProgress(), model_run=earlier.out)
+    with _ray_session(verbose):
+        spec = _encoder_spec(config)
+        step = {"tac": "train_heads"}.get(config.answer, f"find_centroids:{config.answer}")
+        model = Model(method=config.answer, artifact=earlier.artifact(step))
+        named = earlier.artifact(f"assign_clusters:{config.answer}")
+        fitted = Fitted(
+            spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model}
+        )
+        split = _assign_split(steps, fitted, config.images, {config.answer: named}, prefix="")
+        _publish(split[1][config.answer], config.out, "")
+        return steps.finish({"new": split})
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What a run needs to see new images as it saw its own."""
+
+    spec: EncoderSpec
+    encoder: Encoder
+    selected: Artifact
+    models: dict[Method, Model]
+
+
+Split = tuple[Artifact, dict[str, Artifact]]
+"""A listing, and its assignments by method."""
+
+
+class _Steps:
+    """The run as it grows: each step is in run.json as soon as it is done."""
+
+    def __init__(
+        self, config: TacConfig, progress: Progress, model_run: str | None = None
+    ) -> None:
+        self.config, self.progress = config, progress
+        beside = posixpath.join(posixpath.dirname(config.out), "artifacts")
+        self.store = Store(config.store or beside, progress)
+        self._question = {**result_options(config), "model_run": model_run}
+        self._refuse_other_run()
+        self._artifacts: dict[str, Artifact] = {}
+        self._seconds: dict[str, float] = {}
+
+    def add(self, step: str, artifact: Artifact) -> Artifact:
+        self._artifacts[step] = artifact
+        self._seconds[step] = 0.0 if artifact.reused else artifact.manifest.seconds
+        self._run({}, finished=False).write()
+        return artifact
+
+    def finish(self, splits: dict[str, Split]) -> Run:
+        """Score what has labels, write the run and tell where it is."""
+        labeled = {name: split for name, split in splits.items() if split[0].facts["labels"]}
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        if labeled:
+            evaluation = evaluate(
+                self.store,
+                labeled,
+                n_clusters=self.config.n_clusters,
+                protocol=PROTOCOLS,
+                seed=self.config.seed,
+            )
+            found = read_scores(self.add("evaluate", evaluation))
+        done = self._run(found, finished=True)
+        done.write()
+        return done
+
+    def _run(self, found: dict[str, dict[str, dict[str, float]]], *, finished: bool) -> Run:
+        return Run(
+            out=self.config.out,
+            config=dataclasses.asdict(self.config),
+            question=self._question,
+            artifacts={step: artifact.folder.path for step, artifact in self._artifacts.items()},
+            seconds=self._seconds,
+            scores=found,
+            finished=finished,
+        )
+
+    def _refuse_other_run(self) -> None:
+        out = Folder(self.config.out)
+        if not out.exists(RUN_FILE) or self.config.replace:
+            return
+        before = Run.load(out.path).question
+        # As JSON gives it back: tuples are lists there.
+        now = json.loads(json.dumps(self._question))
+        if before != now:
+            differing = _first_difference(before, now)
+            raise FileExistsError(
+                f"--out {out.path} holds a run with other options ({differing}); add --replace "
+                "to replace it, or give another --out"
+            )
+
+
+def _cluster_without_training(
+    steps: _Steps, index: ShardGroup, images: Artifact, counterparts: Artifact, prefix: str = ""
+) -> dict[Method, Model]:
+    """k-means with K on v and on [t~, v], as far as the run asks for them."""
+    config, models = steps.config, {}
+    for method in config.methods:
+        if method == "tac":
+            continue
+        centroids = find_centroids(
+            steps.store,
+            config.kmeans,
+            index,
+            [images] if method == "kmeans" else [counterparts, images],
+            n_centroids=config.n_clusters,
+            restarts=config.kmeans.cluster_restarts,
+            seed=config.seed,
+        )
+        steps.add(f"{prefix}find_centroids:{method}", centroids)
+        models[method] = Model(method=method, artifact=centroids)
+    return models
+
+
+def _assign_split(
+    steps: _Steps, fitted: Fitted, images_path: str, named: dict[str, Artifact], *, prefix: str
+) -> Split:
+    """Assign images that took no part in the fit.
+
+    For a validation split, k-means is also fitted on the split itself, as the published code
+    does; those methods are called "kmeans@val" and "train-free@val".
+    """
+    config, store = steps.config, steps.store
+    listing = list_images(store, images_path, labels=config.labels)
+    steps.add(f"{prefix}list_images", listing)
+    images = embed_images(store, config.embed_images, fitted.spec, fitted.encoder, listing)
+    steps.add(f"{prefix}embed_images", images)
+    selected = fitted.selected
+    counterparts = build_counterparts(store, config.build_counterparts, images, selected)
+    steps.add(f"{prefix}build_counterparts", counterparts)
+    assignments: dict[str, Artifact] = {}
+    for method, model in fitted.models.items():
+        assignments[method] = assign_clusters(
+            store, model, listing, images, counterparts, selected, named_by=named[method]
+        )
+    if prefix and images.n_rows >= config.n_clusters:
+        with ShardGroup(config.n_shards) as index:
+            own = _cluster_without_training(steps, index, images, counterparts, prefix)
+        for method, model in own.items():
+            assignments[f"{method}@val"] = assign_clusters(
+                store, model, listing, images, counterparts, selected
+            )
+    for method, assignment in assignments.items():
+        steps.add(f"{prefix}assign_clusters:{method}", assignment)
+    return listing, assignments
+
+
+def _publish(assignment: Artifact, out: str, suffix: str) -> None:
+    """Copy an assignment into the run's folder, where people look for it."""
+    clusters = Folder(Folder(out).join(f"clusters{suffix}"))
+    clusters.remove()
+    parts = ((assignment.folder, clusters, part.name) for part in assignment.manifest.parts)
+    for _ in map_parts(_copy, parts):
+        pass
+    Folder(out).write(f"names{suffix}.parquet", assignment.folder.read("names.parquet"))
+
+
+def _copy(source: Folder, target: Folder, name: str) -> None:
+    target.write(name, source.read(name))
+
+
+def _n_centroids(config: TacConfig, n_images: int) -> int:
+    chosen = config.select_nouns
+    return chosen.n_centroids or n_semantic_centroids(
+        n_images,
+        config.n_clusters,
+        images_per_centroid=chosen.images_per_centroid,
+        centroids_per_cluster=chosen.centroids_per_cluster,
+        max_centroids=chosen.max_centroids,
+    )
+
+
+def _check_sizes(config: TacConfig, n_images: int) -> None:
+    if n_images < config.n_clusters:
+        raise ValueError(
+            f"n_images={n_images} should be >= n_clusters={config.n_clusters}; lower --n-clusters"
+        )
+    if "tac" in config.methods:
+        check_batch(config.train_heads.resolve(config.n_clusters), n_images)
+
+
+def _encoder_spec(config: TacConfig) -> EncoderSpec:
+    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    options = config.encoder
+    return EncoderSpec(
+        model=options.model,
+        pretrained=options.pretrained,
+        precision=resolve_precision(options.precision, on_gpu=on_gpu),
+        resize=options.resize,
+    )
+
+
+def _absolute_paths(config: TacConfig) -> TacConfig:
+    """Paths that mean the same on every machine and in every folder.
+
+    Raises:
+        ValueError: a relative path in a Ray job, whose folder is a copy that the job deletes.
+    """
+    paths = {"images": config.images, "out": config.out, "store": config.store}
+    paths["val_images"] = config.val_images
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        for name, path in paths.items():
+            if path is not None and is_local(path) and not Path(path).is_absolute():
+                raise ValueError(
+                    f"{name}={path} is relative to the job's temporary folder; give an absolute "
+                    f"path or s3:// to --{name.replace('_', '-')}"
+                )
+    made = {name: None if path is None else absolute(path) for name, path in paths.items()}
+    encoder, model = config.encoder, config.encoder.model
+    if model.startswith("local-dir:"):
+        model = f"local-dir:{absolute(model.removeprefix('local-dir:'))}"
+        encoder = dataclasses.replace(encoder, model=model)
+    return dataclasses.replace(config, encoder=encoder, **made)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _ray_session(verbose: bool) -> Iterator[None]:
+    """Ray, connected to the cluster there is or started here and stopped at the end."""
+    quiet = not verbose
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.INFO)
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = verbose
+    started = not ray.is_initialized()
+    if started:
+        level = logging.ERROR if quiet else logging.INFO
+        ray.init(log_to_driver=verbose, logging_level=level)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            return _first_difference(old, new)
+        if old != new:
+            return f"{name} was {old}, now {new}"
+    return "none"

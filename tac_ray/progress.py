@@ -1,0 +1,124 @@
+"""What a person sees while a run goes on: a line a stage, then a table."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.config import METHOD_TITLES
+
+LOG_EVERY_S = 15.0
+"""Seconds between lines of a stage where the output is a file or a job's log."""
+
+
+class ConsoleProgress:
+    """Progress of stages on a terminal, or as plain lines in a log."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage, self._unit = "", ""
+        self._total: int | None = None
+        self._done, self._note = 0, ""
+        self._started = self._logged = 0.0
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        """Open the line of a stage."""
+        self._stage, self._total, self._unit = stage, total, unit
+        self._done, self._note = 0, ""
+        self._started = self._logged = time.monotonic()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description:<18}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} {task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(stage, total=total, rate="", note="")
+            self._bar.start()
+        else:
+            self.console.print(f"{stage}: starting")
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` units done."""
+        self._done += n
+        self._note = note or self._note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=n, rate=self._rate(), note=self._note)
+        elif time.monotonic() - self._logged > LOG_EVERY_S:
+            self._logged = time.monotonic()
+            of = "" if self._total is None else f" of {self._total:,}, {self._left()}"
+            self.console.print(
+                f"{self._stage}: {self._done:,}{of} {self._rate()} {self._note}".rstrip()
+            )
+
+    def finish(self, stage: str, artifact: Artifact) -> None:
+        """Close the line of a stage."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        took = "done before" if artifact.reused else f"{artifact.manifest.seconds:.1f} s"
+        n_failed = artifact.facts.get("n_failed", 0)
+        failed = f", {n_failed:,} failed" if n_failed else ""
+        rows = f"{artifact.n_rows:,} rows{failed}, " if artifact.n_rows else ""
+        self.console.print(f"{stage}: {rows}{took}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text)
+
+    def _rate(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        return f"{self._done / seconds:,.1f} {self._unit}/s"
+
+    def _left(self) -> str:
+        assert self._total is not None
+        passed = time.monotonic() - self._started
+        left = passed / max(1, self._done) * (self._total - self._done)
+        return f"{left / 60:.1f} min left" if left > 90 else f"{left:.0f} s left"
+
+
+def stage_table(stages: dict[str, Artifact], seconds: dict[str, float]) -> Table:
+    """Stage, rows, seconds, rows/s and size of a run's artifacts; 0 s is one found done."""
+    table = Table("stage", box=None, pad_edge=False)
+    for title in ("rows", "seconds", "rows/s", "MB"):
+        table.add_column(title, justify="right")
+    for stage, artifact in stages.items():
+        n, spent = artifact.n_rows, seconds[stage]
+        table.add_row(
+            stage,
+            f"{n:,}" if n else "",
+            f"{spent:.1f}" if spent else "done before",
+            f"{n / spent:,.0f}" if n and spent else "",
+            f"{artifact.manifest.n_bytes / 1e6:,.1f}",
+        )
+    return table
+
+
+def score_table(scores: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """ACC, NMI and ARI of each method on each split, in percent."""
+    table = Table("images", "method", box=None, pad_edge=False)
+    for title in ("ACC", "NMI", "ARI"):
+        table.add_column(title, justify="right")
+    for split, methods in scores.items():
+        for method, found in methods.items():
+            name, _, fitted = method.partition("@")
+            title = METHOD_TITLES[name] + (f", fitted on {fitted}" if fitted else "")
+            numbers = [f"{100 * found[key]:.1f}" for key in ("acc", "nmi", "ari")]
+            table.add_row(split, title, *numbers)
+    return table

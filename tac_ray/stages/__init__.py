@@ -1,0 +1,1 @@
+"""One file a stage: a function from artifacts to an artifact."""

@@ -1,0 +1,222 @@
+"""Every image's cluster, with its probability and the cluster's name."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+
+from tac_ray.algorithm.names import name_clusters, noun_salience
+from tac_ray.artifacts.manifest import Artifact, Part, write_part
+from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, matrix
+from tac_ray.artifacts.storage import Folder, array_from, table_bytes
+from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.config import Method
+from tac_ray.stages.parts import map_parts
+from tac_ray.stages.train_heads import load_heads
+
+BATCH_ROWS = 8192
+CENTROID_TEMPERATURE = 0.01
+"""Without heads, probability is softmax(similarity / 0.01) over the centroids: CLIP's own scale
+of 100. It ranks images within a cluster and is not calibrated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What gives a cluster to an image: centroids on embeddings or on [t~, v], or heads."""
+
+    method: Method
+    artifact: Artifact
+    """Of find_centroids, or of train_heads for "tac"."""
+
+
+def assign_clusters(
+    store: Store,
+    model: Model,
+    listing: Artifact,
+    images: Artifact,
+    counterparts: Artifact,
+    selected: Artifact,
+    *,
+    named_by: Artifact | None = None,
+) -> Artifact:
+    """Assign the rows of `images`, a task a part, and name the clusters.
+
+    Args:
+        store: where artifacts lie.
+        model: centroids or heads.
+        listing: artifact of list_images, for the uris.
+        images: artifact of embed_images.
+        counterparts: artifact of build_counterparts, aligned with `images`.
+        selected: artifact of select_nouns.
+        named_by: an earlier assignment whose names hold; default is to name by these images.
+
+    Returns:
+        `image_id`, `uri`, `member`, `cluster_id`, `probability`, `cluster_name`, aligned with
+        `images`; `names.parquet`, a row a cluster.
+
+    Cost: 2 N d (d + K) operations with heads. Peak memory a worker: one part; the driver holds
+    the K x M sums of noun weights, sparse.
+    """
+
+    def write(writer: ArtifactWriter) -> None:
+        writer.progress.start("assign_clusters", images.n_rows, "images")
+        nouns = next(selected.tables(["noun_id", "noun"]))
+        staging = Folder(writer.folder.join("staging"))
+        staging.remove()
+        n_parts = range(len(images.manifest.parts))
+        arguments = ((staging, i, model, listing, images, counterparts, nouns) for i in n_parts)
+        sums = _ClusterSums()
+        staged = []
+        for part, partial, memory_gb in map_parts(_assign_part, arguments):
+            staged.append(part)
+            sums = sums.plus(partial)
+            writer.note_memory(memory_gb)
+            writer.progress.advance(part.rows)
+        if named_by is None:
+            names, runners_up = _names(sums, nouns)
+        else:
+            earlier = named_by.folder.read_table("names.parquet")
+            names = earlier["name"].to_pylist()
+            runners_up = earlier["runners_up"].to_pylist()
+        naming = ((writer.folder, i, staging, part, names) for i, part in enumerate(staged))
+        writer.parts += map_parts(_name_part, naming)
+        sizes = sums.sizes
+        columns = [
+            np.arange(len(sizes)),
+            names,
+            runners_up,
+            sizes,
+            sums.probability / np.maximum(sizes, 1),
+        ]
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, CLUSTER_NAMES, strict=True)]
+        table = pa.table(arrays, schema=CLUSTER_NAMES)
+        writer.add_file("names.parquet", table_bytes(table), table.num_rows)
+        writer.facts |= {"method": model.method, "n_empty": int((sizes == 0).sum())}
+        staging.remove()
+
+    inputs = [model.artifact, listing, images, counterparts, selected]
+    return store.run_stage(
+        "assign_clusters",
+        version=1,
+        options={"method": model.method},
+        inputs=[*inputs, *([named_by] if named_by else [])],
+        write=write,
+    )
+
+
+class _ClusterSums(NamedTuple):
+    """What naming and sizes need of the rows; adds up over parts."""
+
+    noun_weights: scipy.sparse.csr_matrix | None = None
+    """Summed retrieval weight of each noun row in each cluster, (K, largest noun row + 1)."""
+    sizes: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+    probability: NDArray[np.float64] = np.zeros(0)
+
+    def plus(self, other: "_ClusterSums") -> "_ClusterSums":
+        if self.noun_weights is None or other.noun_weights is None:
+            return other if self.noun_weights is None else self
+        return _ClusterSums(
+            self.noun_weights + other.noun_weights,
+            self.sizes + other.sizes,
+            self.probability + other.probability,
+        )
+
+
+def _assign_part(
+    staging: Folder,
+    index: int,
+    model: Model,
+    listing: Artifact,
+    images: Artifact,
+    counterparts: Artifact,
+    selected: pa.Table,
+) -> tuple[Part, _ClusterSums, float]:
+    table = images.folder.read_table(images.manifest.parts[index].name)
+    text = counterparts.folder.read_table(counterparts.manifest.parts[index].name)
+    vectors = torch.from_numpy(matrix(table["embedding"]))
+    if model.method == "train-free":
+        vectors = torch.cat([torch.from_numpy(matrix(text["embedding"])), vectors], dim=1)
+    cluster_id, probability, n_clusters = _nearest(model, vectors)
+    image_id = table["image_id"].to_numpy()
+    listed = _listed(listing, image_id)
+    staged = pa.table(
+        {
+            "image_id": image_id,
+            "uri": listed["uri"],
+            "member": listed["member"],
+            "cluster_id": cluster_id.astype(np.int32),
+            "probability": probability,
+        }
+    )
+    noun_row = np.searchsorted(selected["noun_id"].to_numpy(), matrix(text["noun_id"]))
+    weight = matrix(text["weight"]).astype(np.float64)
+    entries = (np.repeat(cluster_id, noun_row.shape[1]), noun_row.reshape(-1))
+    shape = (n_clusters, selected.num_rows)
+    return (
+        write_part(staging, index, staged),
+        _ClusterSums(
+            scipy.sparse.csr_matrix((weight.reshape(-1), entries), shape),
+            np.bincount(cluster_id, minlength=n_clusters),
+            np.bincount(cluster_id, weights=probability, minlength=n_clusters),
+        ),
+        resident_gb(),
+    )
+
+
+def _nearest(
+    model: Model, vectors: torch.Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+    """Cluster and probability of each row, and K."""
+    if model.method == "tac":
+        image_head = load_heads(model.artifact).image
+    else:
+        centroids = torch.from_numpy(array_from(model.artifact.folder.read("centroids.npy")))
+    best = []
+    with torch.inference_mode():
+        for rows in vectors.split(BATCH_ROWS):
+            if model.method == "tac":
+                probs = image_head(rows.float())
+            else:
+                similarity = rows.float() @ centroids.T
+                probs = torch.softmax(similarity / CENTROID_TEMPERATURE, dim=1)
+            best.append(probs.max(dim=1))
+    cluster_id = torch.cat([b.indices for b in best]).numpy()
+    probability = torch.cat([b.values for b in best]).numpy()
+    return cluster_id, probability, probs.shape[1]
+
+
+def _listed(listing: Artifact, image_id: NDArray[np.int64]) -> pa.Table:
+    """Rows of the listing for sorted image ids, reading only the parts that hold them."""
+    starts = np.cumsum([0, *listing.part_rows])
+    tables = []
+    for start, part in zip(starts, listing.manifest.parts, strict=False):
+        inside = image_id[(image_id >= start) & (image_id < start + part.rows)]
+        if len(inside):
+            table = listing.folder.read_table(part.name, ["uri", "member"])
+            tables.append(table.take(inside - start))
+    return pa.concat_tables(tables)
+
+
+def _names(sums: _ClusterSums, selected: pa.Table) -> tuple[list[str], list[list[str]]]:
+    """Names and runners-up; rows of the same noun (its synsets) speak together."""
+    assert sums.noun_weights is not None
+    text = pc.replace_substring(selected["noun"], "_", " ").to_pylist()
+    nouns = list(dict.fromkeys(text))
+    column = {noun: j for j, noun in enumerate(nouns)}
+    merge = scipy.sparse.csr_matrix(
+        (np.ones(len(text)), (np.arange(len(text)), [column[noun] for noun in text])),
+        (len(text), len(nouns)),
+    )
+    weights = (sums.noun_weights @ merge).toarray()
+    return name_clusters(noun_salience(weights, sums.sizes), nouns)
+
+
+def _name_part(folder: Folder, index: int, staging: Folder, part: Part, names: list[str]) -> Part:
+    table = staging.read_table(part.name)
+    name = pc.take(pa.array(names, pa.string()), table["cluster_id"])
+    return write_part(folder, index, table.append_column("cluster_name", name).cast(CLUSTERS))

@@ -1,0 +1,25 @@
+"""Run a function over the parts of an artifact, on Ray tasks."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+T = TypeVar("T")
+
+
+def map_parts(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """Results of `function(*arguments)` in order, computed ahead on the cluster's CPUs.
+
+    At most two calls a CPU are in flight, so memory is bounded whatever the number of parts.
+    """
+    task = ray.remote(function)
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    running: deque[Any] = deque()
+    for args in arguments:
+        if len(running) >= limit:
+            yield ray.get(running.popleft())
+        running.append(task.remote(*args))
+    while running:
+        yield ray.get(running.popleft())

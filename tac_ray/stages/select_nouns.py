@@ -1,0 +1,79 @@
+"""Which nouns speak for the collection (Eq. 4-6)."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tac_ray.algorithm.nouns import classify_nouns, top_nouns_per_centroid
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import SELECTED_NOUNS, matrix, matrix_column
+from tac_ray.artifacts.storage import array_from
+from tac_ray.artifacts.store import ArtifactWriter, Store
+from tac_ray.config import SelectNounsConfig
+
+BATCH_NOUNS = 8192
+
+
+def select_nouns(
+    store: Store, config: SelectNounsConfig, centroids: Artifact, nouns: Artifact
+) -> Artifact:
+    """Give each noun to its most probable centroid and keep each centroid's best.
+
+    Args:
+        store: where artifacts lie.
+        config: gamma and the precision of Eq. 4.
+        centroids: artifact of find_centroids.
+        nouns: artifact of embed_nouns.
+
+    Returns:
+        One part: `noun_id`, `noun`, `centroid_id`, `confidence`, `embedding`, in noun order.
+
+    Cost: 2 T k d operations for T nouns. Peak memory: 4 BATCH_NOUNS k + 4 k d bytes, and 12 bytes
+    a noun.
+    """
+    options = {
+        "nouns_per_centroid": config.nouns_per_centroid,
+        "selection_precision": config.selection_precision,
+    }
+
+    def write(writer: ArtifactWriter) -> None:
+        writer.progress.start("select_nouns", nouns.n_rows, "nouns")
+        directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
+        ids, confidences = [], []
+        for table in nouns.tables(["embedding"]):
+            rows = torch.from_numpy(matrix(table["embedding"]))
+            for batch in rows.split(BATCH_NOUNS):
+                centroid_id, confidence = classify_nouns(
+                    batch, directions, precision=config.selection_precision
+                )
+                ids.append(centroid_id)
+                confidences.append(confidence)
+                writer.progress.advance(len(batch))
+        centroid_id, confidence = torch.cat(ids), torch.cat(confidences)
+        selected = top_nouns_per_centroid(
+            centroid_id, confidence, nouns_per_centroid=config.nouns_per_centroid
+        ).numpy()
+        kept = []
+        for first, table in zip(_starts(nouns), nouns.tables(["noun", "embedding"]), strict=True):
+            inside = selected[(selected >= first) & (selected < first + table.num_rows)]
+            kept.append(table.take(inside - first))
+        chosen = pa.concat_tables(kept)
+        table = pa.table(
+            [
+                pa.array(selected, pa.int64()),
+                chosen["noun"],
+                pa.array(centroid_id.numpy()[selected], pa.int32()),
+                pa.array(confidence.numpy()[selected], pa.float32()),
+            ],
+            schema=SELECTED_NOUNS,
+        )
+        embedding = matrix_column(matrix(chosen["embedding"]))
+        writer.add_part(table.append_column("embedding", embedding))
+
+    return store.run_stage(
+        "select_nouns", version=1, options=options, inputs=[centroids, nouns], write=write
+    )
+
+
+def _starts(artifact: Artifact) -> list[int]:
+    return np.cumsum([0, *artifact.part_rows[:-1]]).tolist()  # type: ignore[no-any-return]
