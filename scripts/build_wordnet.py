@@ -25,9 +25,12 @@ The short list is meant to name what one can see. A noun is on it when some syns
 4. Familiar: for animals, artifacts, food and objects each word of the noun is known. A word is
    known when it was tagged twice or more, as any part of speech, or at least five nouns of
    WordNet contain it. A noun of one word may instead be a known word joined to the name of one
-   of its hypernyms (lampshade is a shade), and an animal may have a Latin binomial among its
-   lemmas, as single species do. A plant or body part must itself have been tagged twice, since
-   most of WordNet's are known to specialists only.
+   of its hypernyms, three letters or more each (lampshade is a shade), and an animal may have a
+   Latin binomial among its lemmas, as single species do. A plant or body part must itself have
+   been tagged twice, since most of WordNet's are known to specialists only.
+
+A taxonomic group is a synset at or under `taxonomic_group`, or one that also has its lemma
+preceded by a rank, such as family_Aegypiidae.
 
 Where several synsets of a noun pass, its row is the one with the highest count, then the first.
 
@@ -181,10 +184,13 @@ def short_rows(
     for row in rows:
         lemmas_of[row.synset].add(row.lemma)
 
+    # genus, family, order, ...
+    ranks = {row.lemma for row in rows if taxonomic_group in row.hypernyms}
+
     def is_taxon(row: Row) -> bool:
-        # WordNet hangs a few genera and families below an animal instead of a group.
-        as_group = {f"genus_{row.lemma}", f"family_{row.lemma}"}
-        return taxonomic_group in at_or_above(row.synset) or not as_group.isdisjoint(
+        # WordNet hangs a few families and orders below an animal instead of a group.
+        with_rank = {f"{rank}_{row.lemma}" for rank in ranks}
+        return taxonomic_group in at_or_above(row.synset) or not with_rank.isdisjoint(
             lemmas_of[row.synset]
         )
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import ray
 import tyro
 from rich.console import Console
 
@@ -49,7 +48,7 @@ def run_command(arguments: Sequence[str], **defaults: Any) -> None:
     chosen, rest = tyro.cli(
         _Configuration, args=arguments, return_unknown_args=True, add_help=False
     )
-    required = {name: tyro.MISSING for name in ("images", "n_clusters", "out")}
+    required = dict.fromkeys(("images", "n_clusters", "out"), tyro.MISSING)
     start = {"best": best, "reference": reference}[chosen.config](**{**required, **defaults})
     config = _parse(
         lambda: tyro.cli(
@@ -126,7 +125,7 @@ def _plainly(work: Callable[[], T], *, verbose: bool) -> T:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if verbose:
             raise
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        cause = getattr(error, "cause", error)  # what a Ray task raised
         print(f"error: {cause}", file=sys.stderr)
         sys.exit(2)
 

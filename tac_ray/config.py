@@ -56,8 +56,9 @@ class EmbedImagesConfig:
 
     part_rows: int = 32_768
     """Rows of a part. Blocks of arithmetic are cut at parts, so it enters the bits."""
-    image_batch_size: int = _unhashed(64)
-    """Images a forward pass; every batch is padded to it."""
+    image_batch_size: int | None = _unhashed(None)
+    """Images a forward pass; every batch is padded to it. Default 256 on a GPU, 16 on CPU, where
+    larger ones leave the cache."""
     n_encoders: int | None = _unhashed(None)
     """Encoder actors; default is one per GPU, or one on CPU."""
     max_failures: float = _unhashed(0.5)
@@ -298,9 +299,9 @@ def reference(**options: Any) -> TacConfig:
 
 def from_dict(options: dict[str, Any]) -> TacConfig:
     """The configuration that run.json holds."""
-    known = {spec.name: getattr(TacConfig, spec.name, None) for spec in dataclasses.fields(TacConfig)}
-    values = {
-        name: type(known[name])(**value) if dataclasses.is_dataclass(known[name]) else value
-        for name, value in options.items()
-    }
-    return TacConfig(**{**values, "methods": tuple(values["methods"])})
+    values = dict(options)
+    for spec in dataclasses.fields(TacConfig):
+        if dataclasses.is_dataclass(spec.default):
+            values[spec.name] = type(spec.default)(**options[spec.name])
+    values["methods"] = tuple(options["methods"])
+    return TacConfig(**values)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.data
 
+from tac_ray.algorithm.nouns import n_semantic_centroids
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
@@ -21,7 +22,6 @@ from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
 from tac_ray.index.group import ShardGroup
-from tac_ray.algorithm.nouns import n_semantic_centroids
 from tac_ray.plan import make_plan
 from tac_ray.progress import ConsoleProgress
 from tac_ray.stages.assign_clusters import Model, assign_clusters
@@ -106,20 +106,18 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 build_counterparts(store, config.build_counterparts, images, selected),
             )
             models = _cluster_without_training(steps, index, images, counterparts)
+            neighbors = []
             if "tac" in config.methods:
-                find = config.find_neighbors
-                near = find_neighbors(store, find, index, images)
-                steps.add("find_neighbors:image", near)
-                near_text = find_neighbors(store, find, index, counterparts)
-                steps.add("find_neighbors:text", near_text)
+                for kind, embeddings in (("image", images), ("text", counterparts)):
+                    found = find_neighbors(store, config.find_neighbors, index, embeddings)
+                    neighbors.append(steps.add(f"find_neighbors:{kind}", found))
         if "tac" in config.methods:
             heads = train_heads(
                 store,
                 heads_config,
                 images,
                 counterparts,
-                near,
-                near_text,
+                *neighbors,
                 n_clusters=config.n_clusters,
                 seed=config.seed,
             )
@@ -173,9 +171,7 @@ def assign(
         step = {"tac": "train_heads"}.get(config.answer, f"find_centroids:{config.answer}")
         model = Model(method=config.answer, artifact=earlier.artifact(step))
         named = earlier.artifact(f"assign_clusters:{config.answer}")
-        fitted = Fitted(
-            spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model}
-        )
+        fitted = Fitted(spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model})
         split = _assign_split(steps, fitted, config.images, {config.answer: named}, prefix="")
         _publish(split[1][config.answer], config.out, "")
         return steps.finish({"new": split})
@@ -198,9 +194,7 @@ Split = tuple[Artifact, dict[str, Artifact]]
 class _Steps:
     """The run as it grows: each step is in run.json as soon as it is done."""
 
-    def __init__(
-        self, config: TacConfig, progress: Progress, model_run: str | None = None
-    ) -> None:
+    def __init__(self, config: TacConfig, progress: Progress, model_run: str | None = None) -> None:
         self.config, self.progress = config, progress
         beside = posixpath.join(posixpath.dirname(config.out), "artifacts")
         self.store = Store(config.store or beside, progress)

@@ -20,7 +20,7 @@ def n_semantic_centroids(
     centroids_per_cluster: int = 3,
     max_centroids: int = 20_000,
 ) -> int:
-    """k = max(N / 300, 3 K), at most `max_centroids` and at most N (Eq. 2).
+    """K = max(N / 300, 3 K), at most `max_centroids` and at most N (Eq. 2).
 
     The cap is not the paper's: past 7 M images five nouns a centroid would exceed the nouns
     there are.

@@ -1,7 +1,6 @@
 """A folder on a local path or on `s3://`, through fsspec."""
 
 import io
-import os
 import posixpath
 import shutil
 import uuid
@@ -81,7 +80,7 @@ class Folder:
         part = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
         try:
             part.write_bytes(data)
-            os.replace(part, final)
+            part.replace(final)
         finally:
             part.unlink(missing_ok=True)
 
@@ -108,9 +107,7 @@ def table_bytes(table: pa.Table, *, plain: bool = False) -> bytes:
             both slow to read.
     """
     buffer = io.BytesIO()
-    pq.write_table(
-        table, buffer, compression="none" if plain else "zstd", use_dictionary=not plain
-    )
+    pq.write_table(table, buffer, compression="none" if plain else "zstd", use_dictionary=not plain)
     return buffer.getvalue()
 
 

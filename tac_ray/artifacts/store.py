@@ -101,7 +101,9 @@ class Store:
         """
         kept = result_options(options)
         prints = [i if isinstance(i, str) else i.fingerprint for i in inputs]
-        fingerprint = hash_of({"stage": stage, "version": version, "options": kept, "inputs": prints})
+        fingerprint = hash_of(
+            {"stage": stage, "version": version, "options": kept, "inputs": prints}
+        )
         folder = Folder(Folder(self.path).join(f"{stage}-{fingerprint[:8]}"))
         if folder.exists(MANIFEST):
             artifact = Artifact.load(folder.path)

@@ -196,7 +196,8 @@ def _check_architecture(model: str, pretrained: str | None) -> None:
 def _crop(preprocess: dict[str, Any], resize: int | None) -> transforms.Compose:
     config = PreprocessCfg(**preprocess)
     # The last two steps make a normalized tensor, which is the device's work.
-    steps = image_transform_v2(config, is_train=False).transforms[:-2]
+    whole: Any = image_transform_v2(config, is_train=False)
+    steps = whole.transforms[:-2]
     if resize is not None:
         size = config.size if isinstance(config.size, int) else max(config.size)
         if resize < size:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
 from tac_ray.algorithm.kmeans import Sums
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
@@ -46,7 +46,7 @@ class ShardGroup:
 
     def __init__(self, n_shards: int | None = None) -> None:
         self._n_shards = n_shards
-        self._shards: list[ActorHandle[Any]] = []
+        self._shards: list[Any] = []
         self._loaded: list[str] | None = None
         self._sources: list[PartSource] = []
         self.peak_memory_gb = 0.0
@@ -114,9 +114,7 @@ class ShardGroup:
         found = self._get([shard.rows.remote(rows) for shard in self._shards])
         return np.concatenate([values for _, values in found])
 
-    def write_neighbors(
-        self, folder: Folder, n: int, *, exclude: str
-    ) -> Iterator[Part]:
+    def write_neighbors(self, folder: Folder, n: int, *, exclude: str) -> Iterator[Part]:
         """Write the `n` nearest rows of every row, part by part, aligned with the sources.
 
         Args:
@@ -154,7 +152,7 @@ class ShardGroup:
     def _get(references: list[Any]) -> list[Any]:
         try:
             return ray.get(references)
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             if isinstance(error.cause, ValueError):
                 raise error.cause from error
             raise

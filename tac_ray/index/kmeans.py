@@ -79,15 +79,14 @@ def fit(
             centroids, n_empty = next_centroids(sums, centroids, rng=rng)
             log.append(asdict(Iteration(restart, iteration, value, n_moved / pool, n_empty)))
             on_iteration(f"restart {restart + 1}/{restarts}, objective {value:.4f}")
-            if value > best_objective and not n_empty:
-                best, best_objective = used, value
+            # Centroids with empty clusters serve when there is nothing better: fewer distinct
+            # rows than centroids.
+            if best is None or (value > best_objective and not n_empty):
+                best, best_objective = used, -np.inf if n_empty else value
             settled = n_moved == 0 or value - previous <= tolerance * abs(value)
             if settled and not n_empty:
                 break
             previous = value
-        if best is None:
-            # Fewer distinct rows than centroids: some must stay empty.
-            best, best_objective = centroids, value
     assert best is not None
     index.use_rows(None)
     sums, _ = index.assign(best)

@@ -21,7 +21,6 @@ BLOCK_ROWS = 4096
 neither the number of shards nor of threads enters the bits."""
 
 
-
 @dataclass(frozen=True)
 class PartSource:
     """Where the rows of one part lie: side by side in one or more artifacts."""
@@ -144,9 +143,7 @@ class Shard:
             values.append(part[torch.from_numpy(inside)].float().numpy())
         return np.concatenate(found), np.concatenate(values)
 
-    def search(
-        self, source: PartSource, n: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, source: PartSource, n: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The `n` most similar rows of this shard for every row of a part.
 
         Returns:

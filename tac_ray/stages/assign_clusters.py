@@ -1,14 +1,15 @@
 """Every image's cluster, with its probability and the cluster's name."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import scipy.sparse
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tac_ray.algorithm.names import name_clusters, noun_salience
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
@@ -112,7 +113,7 @@ def assign_clusters(
 class _ClusterSums(NamedTuple):
     """What naming and sizes need of the rows; adds up over parts."""
 
-    noun_weights: scipy.sparse.csr_matrix | None = None
+    noun_weights: scipy.sparse.csr_array | None = None
     """Summed retrieval weight of each noun row in each cluster, (K, largest noun row + 1)."""
     sizes: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
     probability: NDArray[np.float64] = np.zeros(0)
@@ -138,9 +139,9 @@ def _assign_part(
 ) -> tuple[Part, _ClusterSums, float]:
     table = images.folder.read_table(images.manifest.parts[index].name)
     text = counterparts.folder.read_table(counterparts.manifest.parts[index].name)
-    vectors = torch.from_numpy(matrix(table["embedding"]))
+    vectors = torch.tensor(matrix(table["embedding"]))
     if model.method == "train-free":
-        vectors = torch.cat([torch.from_numpy(matrix(text["embedding"])), vectors], dim=1)
+        vectors = torch.cat([torch.tensor(matrix(text["embedding"])), vectors], dim=1)
     cluster_id, probability, n_clusters = _nearest(model, vectors)
     image_id = table["image_id"].to_numpy()
     listed = _listed(listing, image_id)
@@ -160,9 +161,9 @@ def _assign_part(
     return (
         write_part(staging, index, staged),
         _ClusterSums(
-            scipy.sparse.csr_matrix((weight.reshape(-1), entries), shape),
+            scipy.sparse.csr_array((weight.reshape(-1), entries), shape),
             np.bincount(cluster_id, minlength=n_clusters),
-            np.bincount(cluster_id, weights=probability, minlength=n_clusters),
+            np.bincount(cluster_id, probability, n_clusters).astype(np.float64),
         ),
         resident_gb(),
     )
@@ -172,22 +173,20 @@ def _nearest(
     model: Model, vectors: torch.Tensor
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
     """Cluster and probability of each row, and K."""
-    if model.method == "tac":
-        image_head = load_heads(model.artifact).image
-    else:
-        centroids = torch.from_numpy(array_from(model.artifact.folder.read("centroids.npy")))
-    best = []
+    probs_of = _cluster_probs(model)
     with torch.inference_mode():
-        for rows in vectors.split(BATCH_ROWS):
-            if model.method == "tac":
-                probs = image_head(rows.float())
-            else:
-                similarity = rows.float() @ centroids.T
-                probs = torch.softmax(similarity / CENTROID_TEMPERATURE, dim=1)
-            best.append(probs.max(dim=1))
-    cluster_id = torch.cat([b.indices for b in best]).numpy()
-    probability = torch.cat([b.values for b in best]).numpy()
-    return cluster_id, probability, probs.shape[1]
+        probs = (probs_of(rows.float()) for rows in vectors.split(BATCH_ROWS))
+        top = [(p.max(dim=1), p.shape[1]) for p in probs]
+    cluster_id = torch.cat([t.indices for t, _ in top]).numpy()
+    probability = torch.cat([t.values for t, _ in top]).numpy()
+    return cluster_id, probability, top[0][1]
+
+
+def _cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
+    if model.method == "tac":
+        return load_heads(model.artifact).image
+    centroids = torch.from_numpy(array_from(model.artifact.folder.read("centroids.npy")))
+    return lambda rows: torch.softmax(rows @ centroids.T / CENTROID_TEMPERATURE, dim=1)
 
 
 def _listed(listing: Artifact, image_id: NDArray[np.int64]) -> pa.Table:
@@ -205,18 +204,16 @@ def _listed(listing: Artifact, image_id: NDArray[np.int64]) -> pa.Table:
 def _names(sums: _ClusterSums, selected: pa.Table) -> tuple[list[str], list[list[str]]]:
     """Names and runners-up; rows of the same noun (its synsets) speak together."""
     assert sums.noun_weights is not None
-    text = pc.replace_substring(selected["noun"], "_", " ").to_pylist()
+    text = [noun.replace("_", " ") for noun in selected["noun"].to_pylist()]
     nouns = list(dict.fromkeys(text))
     column = {noun: j for j, noun in enumerate(nouns)}
-    merge = scipy.sparse.csr_matrix(
-        (np.ones(len(text)), (np.arange(len(text)), [column[noun] for noun in text])),
-        (len(text), len(nouns)),
-    )
-    weights = (sums.noun_weights @ merge).toarray()
+    by_row = sums.noun_weights.toarray()
+    weights = np.zeros((len(by_row), len(nouns)))
+    np.add.at(weights.T, [column[noun] for noun in text], by_row.T)
     return name_clusters(noun_salience(weights, sums.sizes), nouns)
 
 
 def _name_part(folder: Folder, index: int, staging: Folder, part: Part, names: list[str]) -> Part:
     table = staging.read_table(part.name)
-    name = pc.take(pa.array(names, pa.string()), table["cluster_id"])
+    name = pa.array(names, pa.string()).take(table["cluster_id"].combine_chunks())
     return write_part(folder, index, table.append_column("cluster_name", name).cast(CLUSTERS))

@@ -58,9 +58,9 @@ def _build_part(
     selected: Artifact,
     config: BuildCounterpartsConfig,
 ) -> tuple[Part, float]:
-    rows = torch.from_numpy(matrix(images.read_table(part.name, ["embedding"])["embedding"]))
+    rows = torch.tensor(matrix(images.read_table(part.name, ["embedding"])["embedding"]))
     nouns = next(selected.tables(["noun_id", "embedding"]))
-    noun_embedding = torch.from_numpy(matrix(nouns["embedding"]))
+    noun_embedding = torch.tensor(matrix(nouns["embedding"]))
     built = [
         text_counterparts(
             batch,

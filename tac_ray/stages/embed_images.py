@@ -116,7 +116,7 @@ class LoadPixels:
     def _load(self, uri: str) -> tuple[NDArray[np.uint8], str, str]:
         try:
             fs, path = filesystem(uri)
-            data = fs.cat_file(path)
+            data: bytes = fs.cat_file(path)  # type: ignore[assignment]
         except OSError as error:
             return self._blank, "download", f"{type(error).__name__}: {error}"
         try:
@@ -128,12 +128,14 @@ class LoadPixels:
 class EncodePixels:
     """One encoder on one device; writes what it embeds and reports what it wrote."""
 
-    def __init__(self, spec: EncoderSpec, batch_size: int, n_threads: int, staging: Folder) -> None:
+    def __init__(
+        self, spec: EncoderSpec, batch_size: int | None, n_threads: int, staging: Folder
+    ) -> None:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(n_threads)
         self._encoder = spec.load("cuda" if on_gpu else "cpu")
-        self._batch_size = batch_size
+        self._batch_size = batch_size or (256 if on_gpu else 16)
         self._staging = staging
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
@@ -184,8 +186,7 @@ def _stream(
     n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     n_encoders = config.n_encoders or max(1, n_gpus)
     # On CPU an encoder reserves half the cores, so that decoding is not starved, and uses all.
-    on_gpu = {"num_gpus": 1, "num_cpus": 1}
-    on_cpu = {"num_cpus": max(1, n_cpus // (2 * n_encoders))}
+    encoder_cpus = 1 if n_gpus else max(1, n_cpus // (2 * n_encoders))
     fs, _ = filesystem(images.folder.path)
     paths = [filesystem(images.folder.join(p.name))[1] for p in images.manifest.parts]
     reports = (
@@ -197,7 +198,8 @@ def _stream(
             fn_constructor_args=(spec, config.image_batch_size, n_cpus, staging),
             batch_size=BATCH_ROWS,
             compute=ActorPoolStrategy(size=n_encoders),
-            **(on_gpu if n_gpus else on_cpu),
+            num_cpus=encoder_cpus,
+            num_gpus=1 if n_gpus else None,
         )
     )
     found: list[Staged] = []
@@ -221,7 +223,7 @@ def _stream(
 
 def _failures(staging: Folder, name: str) -> pa.Table:
     table = staging.read_table(name, FAILURES.names)
-    return table.filter(pc.not_equal(table["error"], "")).cast(FAILURES)
+    return table.filter(pc.field("error") != "").cast(FAILURES)
 
 
 def _seal(folder: Folder, staging: Folder, found: list[Staged], part_rows: int) -> list[Part]:
@@ -243,8 +245,9 @@ def _seal_part(
     tables = []
     for name in names:
         table = staging.read_table(name)
-        ids, good = table["image_id"].to_numpy(), pc.equal(table["error"], "").to_numpy()
-        tables.append(table.filter(pa.array(good & (ids >= first) & (ids <= last))))
+        image_id = pc.field("image_id")
+        mine = (pc.field("error") == "") & (image_id >= first) & (image_id <= last)
+        tables.append(table.filter(mine))
     table = pa.concat_tables([t.select(["image_id", "embedding"]) for t in tables])
     order = np.argsort(table["image_id"].to_numpy(), kind="stable")
     sealed = pa.table(

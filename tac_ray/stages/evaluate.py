@@ -4,8 +4,6 @@ import json
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from tac_ray.algorithm.metrics import contingency, match_clusters, scores
 from tac_ray.artifacts.manifest import Artifact
@@ -43,7 +41,7 @@ def evaluate(
         found: dict[str, Any] = {}
         for split, (listing, assignments) in splits.items():
             names = listing.facts["labels"]
-            label_id = pc.index_in(listing.column("label"), pa.array(names)).to_numpy()
+            label_id = np.searchsorted(names, listing.column("label").to_numpy())
             found[split] = {}
             for method, assignment in assignments.items():
                 table = np.zeros((n_clusters, len(names)), dtype=np.int64)

@@ -31,7 +31,9 @@ def list_images(
     """
     rows, n_other = _scan(images)
     names = _folder_labels([row["relative"] for row in rows], labels, images)
-    listing = [[row["uri"], row["size"], row["etag"], name] for row, name in zip(rows, names)]
+    listing = [
+        [row["uri"], row["size"], row["etag"], name] for row, name in zip(rows, names, strict=True)
+    ]
 
     def write(writer: ArtifactWriter) -> None:
         for start in range(0, len(listing), PART_ROWS):
@@ -52,7 +54,7 @@ def list_images(
 def _scan(images: str) -> tuple[list[dict[str, Any]], int]:
     root = absolute(images)
     fs, path = filesystem(root)
-    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    found: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
     if not found:
         if is_local(root) and not fs.exists(path):
             raise FileNotFoundError(f"no folder {root}; check --images")

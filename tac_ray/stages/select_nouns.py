@@ -41,7 +41,7 @@ def select_nouns(
         directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
         ids, confidences = [], []
         for table in nouns.tables(["embedding"]):
-            rows = torch.from_numpy(matrix(table["embedding"]))
+            rows = torch.tensor(matrix(table["embedding"]))
             for batch in rows.split(BATCH_NOUNS):
                 centroid_id, confidence = classify_nouns(
                     batch, directions, precision=config.selection_precision

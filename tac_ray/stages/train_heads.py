@@ -115,7 +115,9 @@ def train_heads(
             run_config=RunConfig(
                 name="heads",
                 storage_path=path,
-                storage_filesystem=None if is_local(checkpoints) else PyFileSystem(FSSpecHandler(fs)),
+                storage_filesystem=None
+                if is_local(checkpoints)
+                else PyFileSystem(FSSpecHandler(fs)),
                 failure_config=FailureConfig(max_failures=3),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
@@ -215,7 +217,7 @@ def _column(artifact: Artifact, name: str, device: torch.device) -> Tensor:
     """A fixed-size list column of all parts on the device, filled part by part."""
     whole, start = torch.empty(0), 0
     for table in artifact.tables([name]):
-        part = torch.from_numpy(matrix(table[name]))
+        part = torch.tensor(matrix(table[name]))
         if start == 0:
             whole = torch.empty(artifact.n_rows, part.shape[1], dtype=part.dtype, device=device)
         whole[start : start + len(part)] = part
