@@ -142,9 +142,9 @@ class ShardGroup:
         nodes = sum(node["Alive"] for node in ray.nodes())
         n_shards = self._n_shards or nodes
         threads = max(1, cpus // n_shards)
-        # Half a core a thread is reserved, so that the tasks that merge results find room.
+        # Half the cores are reserved, so that tasks over parts find room beside the shards.
         actor = ray.remote(Shard).options(
-            num_cpus=max(0.5, threads / 2), scheduling_strategy="SPREAD"
+            num_cpus=cpus / n_shards / 2, scheduling_strategy="SPREAD"
         )
         self._shards = [actor.remote(threads) for _ in range(n_shards)]
 

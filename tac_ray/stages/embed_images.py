@@ -186,7 +186,7 @@ def _stream(
     n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     n_encoders = config.n_encoders or max(1, n_gpus)
     # On CPU an encoder reserves half the cores, so that decoding is not starved, and uses all.
-    encoder_cpus = 1 if n_gpus else max(1, n_cpus // (2 * n_encoders))
+    encoder_cpus = 1 if n_gpus else n_cpus / n_encoders / 2
     fs, _ = filesystem(images.folder.path)
     paths = [filesystem(images.folder.join(p.name))[1] for p in images.manifest.parts]
     reports = (

@@ -1,0 +1,191 @@
+"""One shard against plain NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tac_ray.algorithm.kmeans import normalize_rows
+from tac_ray.index import shard as shard_module
+from tac_ray.index.group import part_sources
+from tac_ray.index.shard import Shard, merge_top
+
+PARTS = [70, 70, 33]
+
+
+def unit_rows(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return normalize_rows(np.random.default_rng(seed).standard_normal((n, d))).astype(np.float16)
+
+
+def tied_rows(n: int, seed: int = 0) -> np.ndarray:
+    """Rows whose inner products are exact in float32, with many ties and duplicates."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(-1, 2, (n, 4)) / 2
+    rows[(rows == 0).all(axis=1)] = 0.5
+    return rows.astype(np.float16)
+
+
+def nearest_rows(rows: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Brute force: larger inner product first, ties by row number."""
+    wide = rows.astype(np.float64)
+    similarity = wide @ wide.T
+    numbers = np.broadcast_to(np.arange(len(rows)), similarity.shape)
+    order = np.lexsort((numbers, -similarity), axis=1)[:, :n]
+    return np.take_along_axis(similarity, order, 1), order
+
+
+@pytest.fixture
+def loaded(make_artifact):
+    """Makes a shard that holds all parts of these rows."""
+
+    def make(rows: np.ndarray, part_rows: list[int] = PARTS, threads: int = 2):
+        sources = part_sources([make_artifact(rows, part_rows)])
+        shard = Shard(threads)
+        shard.load(sources)
+        return shard, sources
+
+    return make
+
+
+def test_assign_equals_plain_numpy(loaded):
+    rows = unit_rows(173, 12)
+    centroids = normalize_rows(np.random.default_rng(1).standard_normal((7, 12)))
+    shard, _ = loaded(rows)
+    sums, moved = shard.assign(centroids)
+    similarity = rows.astype(np.float64) @ centroids.astype(np.float64).T
+    nearest = similarity.argmax(axis=1)
+    assert moved == 173
+    np.testing.assert_array_equal(np.concatenate(shard.assignment()), nearest)
+    assert [len(part) for part in shard.assignment()] == PARTS
+    np.testing.assert_array_equal(sums.counts, np.bincount(nearest, minlength=7))
+    best = np.split(similarity.max(axis=1), np.cumsum(PARTS)[:-1])
+    np.testing.assert_allclose(sums.objective, [part.sum() for part in best], atol=1e-5)
+    for k in range(7):
+        exact = [math.fsum(column) for column in rows[nearest == k].astype(np.float64).T]
+        assert sums.sums[k].tolist() == exact
+
+
+def test_moved_counts_the_rows_that_changed_centroid(loaded):
+    rows = unit_rows(173, 12)
+    centroids = normalize_rows(np.random.default_rng(1).standard_normal((7, 12)))
+    shard, _ = loaded(rows)
+    shard.assign(centroids)
+    before = np.concatenate(shard.assignment())
+    assert shard.assign(centroids)[1] == 0
+    other = np.ascontiguousarray(centroids[[0, 1, 2, 4, 3, 5, 6]])
+    assert shard.assign(other)[1] == np.isin(before, [3, 4]).sum() > 0
+
+
+def test_sums_are_exact_whatever_the_blocks_and_threads(loaded, monkeypatch):
+    rows = unit_rows(173, 12)
+    # Magnitudes far apart: any rounding on the way would show.
+    rows[::3] *= np.float16(1 / 256)
+    centroids = normalize_rows(np.random.default_rng(1).standard_normal((3, 12)))
+    found = []
+    for block_rows, threads in [(4096, 1), (1, 3), (7, 2), (64, 4)]:
+        monkeypatch.setattr(shard_module, "BLOCK_ROWS", block_rows)
+        shard, _ = loaded(rows, threads=threads)
+        (sums, counts, objective), _ = shard.assign(centroids)
+        found.append((sums.tobytes(), counts.tolist(), np.round(objective, 5).tolist()))
+        assert len(objective) == 3
+    assert all(other == found[0] for other in found)
+
+
+def test_assign_sees_only_the_rows_in_use(loaded):
+    rows = unit_rows(173, 12)
+    centroids = normalize_rows(np.random.default_rng(1).standard_normal((7, 12)))
+    shard, _ = loaded(rows)
+    everything, _ = shard.assign(centroids)
+    used = np.array([3, 69, 70, 100, 172])
+    shard.use_rows(used)
+    sums, moved = shard.assign(centroids)
+    nearest = (rows[used].astype(np.float64) @ centroids.T.astype(np.float64)).argmax(axis=1)
+    assert moved == sums.counts.sum() == 5
+    np.testing.assert_array_equal(np.concatenate(shard.assignment()), nearest)
+    shard.use_rows(None)
+    again, moved = shard.assign(centroids)
+    assert moved == 173
+    np.testing.assert_array_equal(again.sums, everything.sums)
+
+
+def test_rows_gives_the_rows_asked_for(loaded):
+    rows = unit_rows(173, 12)
+    shard, _ = loaded(rows)
+    asked = np.array([0, 69, 70, 139, 140, 172])
+    numbers, values = shard.rows(asked)
+    np.testing.assert_array_equal(numbers, asked)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, rows[asked].astype(np.float32))
+
+
+def test_search_equals_brute_force(loaded):
+    rows = unit_rows(173, 12)
+    shard, sources = loaded(rows)
+    similarity, order = nearest_rows(rows, 6)
+    for source, start in zip(sources, [0, 70, 140], strict=True):
+        got_similarity, got_rows = shard.search(source, 6)
+        stop = start + source.n_rows
+        np.testing.assert_array_equal(got_rows, order[start:stop])
+        np.testing.assert_allclose(got_similarity, similarity[start:stop], atol=1e-6)
+
+
+def test_search_gives_all_rows_when_fewer_than_asked_for(loaded):
+    rows = unit_rows(10, 12)
+    shard, sources = loaded(rows, [7, 3])
+    similarity, order = shard.search(sources[0], 50)
+    assert similarity.shape == (7, 10)
+    np.testing.assert_array_equal(order, nearest_rows(rows, 50)[1][:7])
+
+
+@pytest.mark.parametrize("part_rows", [[173], PARTS, [3, 1, 169]])
+def test_search_breaks_ties_by_row_number(loaded, part_rows):
+    rows = tied_rows(173)
+    shard, sources = loaded(rows, part_rows)
+    similarity, order = nearest_rows(rows, 9)
+    # Both many duplicates of a row, and ties that straddle the last place.
+    tenth = nearest_rows(rows, 10)[0][:, 9]
+    assert (tenth == similarity[:, 8]).mean() > 0.5
+    found = [shard.search(source, 9) for source in sources]
+    np.testing.assert_array_equal(np.concatenate([s for s, _ in found]), similarity)
+    np.testing.assert_array_equal(np.concatenate([r for _, r in found]), order)
+
+
+def test_search_does_not_depend_on_blocks_and_threads(loaded, monkeypatch):
+    rows = tied_rows(173)
+    found = []
+    for block_rows, threads in [(4096, 1), (7, 3), (50, 2)]:
+        monkeypatch.setattr(shard_module, "BLOCK_ROWS", block_rows)
+        shard, sources = loaded(rows, threads=threads)
+        found.append(np.concatenate([shard.search(source, 9)[1] for source in sources]))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
+def test_merge_takes_the_larger_similarity_first_and_the_smaller_row_of_a_tie():
+    first = (np.array([[0.5, 0.25, -1.0]], np.float32), np.array([[7, 2, 9]]))
+    second = (np.array([[0.75, 0.5, 0.25]], np.float32), np.array([[4, 3, 1]]))
+    for lists in ([first, second], [second, first]):
+        similarity, rows = merge_top(lists, 5)
+        assert similarity.tolist() == [[0.75, 0.5, 0.5, 0.25, 0.25]]
+        assert rows.tolist() == [[4, 3, 7, 1, 2]]
+    assert merge_top([first], 9)[1].tolist() == [[7, 2, 9]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0])
+def test_rows_without_direction_are_refused_by_number(make_artifact, value):
+    rows = unit_rows(173, 12)
+    rows[75] = value
+    rows[80] = value
+    if value:
+        rows[75, 1:] = 0.5
+    with pytest.raises(ValueError, match=r"row 75 .*2 such rows in part 1.*embed again"):
+        Shard(1).load(part_sources([make_artifact(rows, PARTS)]))
+
+
+def test_loading_replaces_what_was_held(loaded, make_artifact):
+    shard, _ = loaded(unit_rows(173, 12))
+    other = unit_rows(20, 5, seed=4)
+    shard.load(part_sources([make_artifact(other, [20])]))
+    numbers, values = shard.rows(np.arange(20))
+    assert numbers.tolist() == list(range(20))
+    np.testing.assert_array_equal(values, other.astype(np.float32))

@@ -1,0 +1,111 @@
+"""The jobs under `ray job submit`, on a cluster of one machine with token authentication."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tac_ray.artifacts.run import Run
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """Environment of a client of a cluster started with `ray start --head`."""
+    port, dashboard = _free_port(), _free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
+    head = subprocess.Popen(
+        [*command, f"--dashboard-port={dashboard}", "--disable-usage-stats"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    client = {**environment, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    deadline = time.monotonic() + 90
+    while subprocess.run([RAY, "job", "list"], env=client, capture_output=True).returncode:
+        assert time.monotonic() < deadline, "the cluster did not come up"
+        assert head.poll() is None, "ray start ended"
+        time.sleep(1)
+    yield client
+    head.terminate()
+    head.wait(60)
+
+
+def test_job_over_a_folder_gives_the_table(
+    cluster: dict[str, str], options: list[str], tmp_path: Path
+):
+    done = _submit(cluster, "jobs/tac_s3.py", *options, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout
+    assert "TAC without training" in done.stdout
+    assert pq.read_table(tmp_path / "run" / "clusters").num_rows == 60
+
+
+def test_job_refuses_a_folder_that_would_vanish_with_it(
+    cluster: dict[str, str], options: list[str]
+):
+    done = _submit(cluster, "jobs/tac_s3.py", *options, "--out", "runs/a")
+    assert done.returncode != 0
+    assert "out=runs/a is relative to the job's temporary folder" in done.stdout
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs tinyimagenet-val and mnv2-tiny beside it")
+def test_imagenet_job_scores_train_and_val(cluster: dict[str, str], tmp_path: Path):
+    classes = sorted((SHARED / "data" / "tinyimagenet-val").iterdir())[:20]
+    for folder in classes:
+        for i, path in enumerate(sorted(folder.iterdir())[:20]):
+            half = tmp_path / ("train", "val")[i % 2] / folder.name
+            half.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, half)
+    nouns = tmp_path / "nouns.txt"
+    nouns.write_text("goldfish\nsalamander\nbullfrog\nalligator\nboa\nspider\ncentipede\nkoala\n")
+    done = _submit(
+        cluster,
+        "jobs/tac_imagenet.py",
+        *("--images", str(tmp_path / "train"), "--val-images", str(tmp_path / "val")),
+        *("--n-clusters", "20", "--model", f"local-dir:{SHARED / 'encoders' / 'mnv2-tiny'}"),
+        *("--nouns", str(nouns), "--epochs", "5", "--out", str(tmp_path / "run")),
+    )
+    assert done.returncode == 0, done.stdout
+    scores = Run.load(str(tmp_path / "run")).scores
+    assert set(scores) == {"train", "val"}
+    # 20 classes by chance: 0.05, and well below 0.3 after the best matching.
+    assert scores["val"]["kmeans"]["acc"] > 0.35
+    assert {"kmeans@val", "train-free@val"} <= set(scores["val"])
+
+
+def _submit(cluster: dict[str, str], job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", job, *arguments]
+    return subprocess.run(
+        command,
+        env=cluster,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]  # type: ignore[no-any-return]

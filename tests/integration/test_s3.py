@@ -1,0 +1,69 @@
+"""The same run with images, store and results on S3, spoken over HTTP to a local server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.integration.conftest import tac_ray
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def s3() -> Iterator[dict[str, str]]:
+    """Environment of a client of an S3 server with one empty bucket, "photos"."""
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    _client(environment).create_bucket(Bucket="photos")
+    yield environment
+    server.stop()
+
+
+def test_bucket_to_bucket_gives_the_table_of_a_folder(
+    s3: dict[str, str], options: list[str], images: Path, tmp_path: Path
+):
+    client = _client(s3)
+    for path in sorted(images.rglob("*.png")):
+        key = f"in/{path.relative_to(images).as_posix()}"
+        client.put_object(Bucket="photos", Key=key, Body=path.read_bytes())
+    at = options.index("--images")
+    elsewhere = [*options[:at], "--images", "s3://photos/in", *options[at + 2 :]]
+    remote = tac_ray("run", *elsewhere, "--out", "s3://photos/runs/a", **s3)
+    local = tac_ray("run", *options, "--out", str(tmp_path / "run"))
+    for process in (remote, local):
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+    listed = client.list_objects_v2(Bucket="photos", Prefix="runs/a/clusters/")["Contents"]
+    parts = [tmp_path / f"{i}.parquet" for i in range(len(listed))]
+    for path, entry in zip(parts, listed, strict=True):
+        client.download_file("photos", entry["Key"], str(path))
+    columns = ["image_id", "cluster_id", "probability", "cluster_name"]
+    found = pq.read_table(parts, columns=columns)
+    assert found.equals(pq.read_table(tmp_path / "run" / "clusters", columns=columns))
+    assert pq.read_table(parts)["uri"][0].as_py().startswith("s3://photos/in/")
+
+    status = tac_ray("status", "s3://photos/runs/a", **s3)
+    output, _ = status.communicate(timeout=60)
+    assert status.returncode == 0, output
+    assert "embed_images" in output
+
+
+def _client(environment: dict[str, str]):  # boto3's clients have no static type
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
