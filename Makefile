@@ -27,7 +27,7 @@ test-integration: $(READY)
 	$(BIN)/python -m pytest -m "integration" --timeout 1200
 
 bench: $(READY)
-	@for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -98,6 +98,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 n_centroids=_n_centroids(config, images.n_rows),
                 restarts=config.kmeans.centroid_restarts,
                 seed=config.seed,
+                title="semantic",
             )
             steps.add("find_centroids", centroids)
             selected = steps.add("select_nouns", select_nouns(store, chosen, centroids, nouns))
@@ -109,7 +110,9 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             neighbors = []
             if "tac" in config.methods:
                 for kind, embeddings in (("image", images), ("text", counterparts)):
-                    found = find_neighbors(store, config.find_neighbors, index, embeddings)
+                    found = find_neighbors(
+                        store, config.find_neighbors, index, embeddings, title=kind
+                    )
                     neighbors.append(steps.add(f"find_neighbors:{kind}", found))
         if "tac" in config.methods:
             heads = train_heads(
@@ -134,7 +137,9 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         if config.val_images is None:
             splits = {"all": (listing, assignments)}
         else:
-            val = _assign_split(steps, fitted, config.val_images, assignments, prefix="val/")
+            val = _assign_split(
+                steps, fitted, config.val_images, assignments, prefix="val/", fit_too=True
+            )
             splits = {"train": (listing, assignments), "val": val}
             _publish(val[1][config.answer], config.out, "-val")
         return steps.finish(splits)
@@ -172,7 +177,7 @@ def assign(
         model = Model(method=config.answer, artifact=earlier.artifact(step))
         named = earlier.artifact(f"assign_clusters:{config.answer}")
         fitted = Fitted(spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model})
-        split = _assign_split(steps, fitted, config.images, {config.answer: named}, prefix="")
+        split = _assign_split(steps, fitted, config.images, {config.answer: named})
         _publish(split[1][config.answer], config.out, "")
         return steps.finish({"new": split})
 
@@ -268,6 +273,7 @@ def _cluster_without_training(
             n_centroids=config.n_clusters,
             restarts=config.kmeans.cluster_restarts,
             seed=config.seed,
+            title=method,
         )
         steps.add(f"{prefix}find_centroids:{method}", centroids)
         models[method] = Model(method=method, artifact=centroids)
@@ -275,12 +281,24 @@ def _cluster_without_training(
 
 
 def _assign_split(
-    steps: _Steps, fitted: Fitted, images_path: str, named: dict[str, Artifact], *, prefix: str
+    steps: _Steps,
+    fitted: Fitted,
+    images_path: str,
+    named: dict[str, Artifact],
+    *,
+    prefix: str = "",
+    fit_too: bool = False,
 ) -> Split:
     """Assign images that took no part in the fit.
 
-    For a validation split, k-means is also fitted on the split itself, as the published code
-    does; those methods are called "kmeans@val" and "train-free@val".
+    Args:
+        steps: the run.
+        fitted: the models and the text space they were fitted in.
+        images_path: folder or prefix.
+        named: assignment of each method whose names hold.
+        prefix: of the steps' names.
+        fit_too: also fit k-means on these images themselves, as the published code does; those
+            methods are called "kmeans@val" and "train-free@val".
     """
     config, store = steps.config, steps.store
     listing = list_images(store, images_path, labels=config.labels)
@@ -295,7 +313,7 @@ def _assign_split(
         assignments[method] = assign_clusters(
             store, model, listing, images, counterparts, selected, named_by=named[method]
         )
-    if prefix and images.n_rows >= config.n_clusters:
+    if fit_too and images.n_rows >= config.n_clusters:
         with ShardGroup(config.n_shards) as index:
             own = _cluster_without_training(steps, index, images, counterparts, prefix)
         for method, model in own.items():
@@ -377,7 +395,7 @@ def _absolute_paths(config: TacConfig) -> TacConfig:
 
 @contextmanager
 def _ray_session(verbose: bool) -> Iterator[None]:
-    """Ray, connected to the cluster there is or started here and stopped at the end."""
+    """Ray: the cluster of RAY_ADDRESS (set in every job), else one on this machine for the run."""
     quiet = not verbose
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name in ("ray.data", "ray.train"):
@@ -387,7 +405,9 @@ def _ray_session(verbose: bool) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         level = logging.ERROR if quiet else logging.INFO
-        ray.init(log_to_driver=verbose, logging_level=level)
+        # Left to itself Ray joins the machine's last cluster, and waits for it if it is gone.
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address, log_to_driver=verbose, logging_level=level)
     try:
         yield
     finally:

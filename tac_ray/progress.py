@@ -28,20 +28,20 @@ class ConsoleProgress:
         self.console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._stage, self._unit = "", ""
+        self._title, self._unit = "", ""
         self._total: int | None = None
         self._done, self._note = 0, ""
         self._started = self._logged = 0.0
 
-    def start(self, stage: str, total: int | None, unit: str) -> None:
+    def start(self, title: str, total: int | None, unit: str) -> None:
         """Open the line of a stage."""
-        self._stage, self._total, self._unit = stage, total, unit
+        self._title, self._total, self._unit = title, total, unit
         self._done, self._note = 0, ""
         self._started = self._logged = time.monotonic()
         if self.console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description:<18}"),
+                TextColumn("{task.description:<26}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} {task.fields[note]}"),
@@ -49,10 +49,10 @@ class ConsoleProgress:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(stage, total=total, rate="", note="")
+            self._task = self._bar.add_task(title, total=total, rate="", note="")
             self._bar.start()
         else:
-            self.console.print(f"{stage}: starting")
+            self.console.print(f"{title}: starting")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` units done."""
@@ -64,10 +64,10 @@ class ConsoleProgress:
             self._logged = time.monotonic()
             of = "" if self._total is None else f" of {self._total:,}, {self._left()}"
             self.console.print(
-                f"{self._stage}: {self._done:,}{of} {self._rate()} {self._note}".rstrip()
+                f"{self._title}: {self._done:,}{of} {self._rate()} {self._note}".rstrip()
             )
 
-    def finish(self, stage: str, artifact: Artifact) -> None:
+    def finish(self, title: str, artifact: Artifact) -> None:
         """Close the line of a stage."""
         if self._bar is not None:
             self._bar.stop()
@@ -76,7 +76,7 @@ class ConsoleProgress:
         n_failed = artifact.facts.get("n_failed", 0)
         failed = f", {n_failed:,} failed" if n_failed else ""
         rows = f"{artifact.n_rows:,} rows{failed}, " if artifact.n_rows else ""
-        self.console.print(f"{stage}: {rows}{took}")
+        self.console.print(f"{title}: {rows}{took}")
 
     def say(self, text: str) -> None:
         """Print a line."""

@@ -112,9 +112,10 @@ def silent_progress() -> SilentProgress:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of 2 CPUs in this process tree, shared by all tests that ask for it."""
+    """A Ray cluster of 2 CPUs of its own, shared by all tests that ask for it."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # "local", so that a cluster that happens to run on this machine is not joined.
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -29,7 +29,7 @@ _RECORDED_VERSIONS = ("tac-ray", "ray", "torch", "open_clip_torch", "faiss-cpu",
 class Progress(Protocol):
     """Who is told what a stage is doing."""
 
-    def start(self, stage: str, total: int | None, unit: str) -> None:
+    def start(self, title: str, total: int | None, unit: str) -> None:
         """A stage begins; `total` units are to be done, None if unknown."""
         ...
 
@@ -37,7 +37,7 @@ class Progress(Protocol):
         """`n` more units are done."""
         ...
 
-    def finish(self, stage: str, artifact: Artifact) -> None:
+    def finish(self, title: str, artifact: Artifact) -> None:
         """The stage's artifact exists."""
         ...
 
@@ -52,10 +52,15 @@ class ArtifactWriter:
 
     folder: Folder
     progress: Progress
+    title: str
     parts: list[Part] = field(default_factory=list)
     files: list[Part] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     peak_memory_gb: float = 0.0
+
+    def start(self, total: int | None, unit: str) -> None:
+        """Tell that work begins; `total` units are to be done, None if unknown."""
+        self.progress.start(self.title, total, unit)
 
     def add_part(self, table: pa.Table, *, plain: bool = False) -> None:
         """Write the next part."""
@@ -86,6 +91,7 @@ class Store:
         options: Any,
         inputs: Iterable[Artifact | str],
         write: Callable[[ArtifactWriter], None],
+        title: str | None = None,
     ) -> Artifact:
         """The artifact of a stage: the one that exists, else a new one.
 
@@ -98,6 +104,7 @@ class Store:
             write: makes the artifact; the manifest is written after it returns, so a stage that
                 was killed has left nothing that counts; it finds its unfinished files and may use
                 them.
+            title: what people see of a stage that runs more than once; default its name.
         """
         kept = result_options(options)
         prints = [i if isinstance(i, str) else i.fingerprint for i in inputs]
@@ -109,11 +116,11 @@ class Store:
             artifact = Artifact.load(folder.path)
             if artifact.fingerprint == fingerprint:
                 artifact = replace(artifact, reused=True)
-                self.progress.finish(stage, artifact)
+                self.progress.finish(title or stage, artifact)
                 return artifact
             folder.remove()  # another artifact with the same first eight digits
         start = time.perf_counter()
-        writer = ArtifactWriter(folder, self.progress)
+        writer = ArtifactWriter(folder, self.progress, title or stage)
         write(writer)
         writer.note_memory(resident_gb())
         manifest = Manifest(
@@ -131,7 +138,7 @@ class Store:
         )
         folder.write(MANIFEST, manifest.to_json())
         artifact = Artifact(folder, manifest)
-        self.progress.finish(stage, artifact)
+        self.progress.finish(title or stage, artifact)
         return artifact
 
 

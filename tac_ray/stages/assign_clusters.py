@@ -65,7 +65,7 @@ def assign_clusters(
     """
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("assign_clusters", images.n_rows, "images")
+        writer.start(images.n_rows, "images")
         nouns = next(selected.tables(["noun_id", "noun"]))
         staging = Folder(writer.folder.join("staging"))
         staging.remove()
@@ -107,6 +107,7 @@ def assign_clusters(
         options={"method": model.method},
         inputs=[*inputs, *([named_by] if named_by else [])],
         write=write,
+        title=f"assign_clusters {model.method}",
     )
 
 

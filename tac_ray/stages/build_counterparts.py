@@ -35,7 +35,7 @@ def build_counterparts(
     """
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("build_counterparts", images.n_rows, "images")
+        writer.start(images.n_rows, "images")
         arguments = (
             (writer.folder, i, images.folder, part, selected, config)
             for i, part in enumerate(images.manifest.parts)

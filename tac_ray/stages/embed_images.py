@@ -61,7 +61,7 @@ def embed_images(
     """
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("embed_images", images.n_rows, "images")
+        writer.start(images.n_rows, "images")
         staging = Folder(writer.folder.join("staging"))
         staging.remove()
         found = _stream(writer, config, spec, encoder.crop, encoder.image_size, images, staging)

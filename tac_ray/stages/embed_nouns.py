@@ -106,7 +106,7 @@ def _embed(
     needs = {"num_gpus": 1, "num_cpus": 1} if n_gpus else {"num_cpus": threads}
     actor: Any = ray.remote(TextEncoder).options(**needs)
     actors = [actor.remote(spec, config.text_batch_size, threads) for _ in range(n_encoders)]
-    writer.progress.start("embed_nouns", len(distinct), "nouns")
+    writer.start(len(distinct), "nouns")
     _announce(writer, actors[0], distinct, n_encoders)
     blocks = [distinct[i : i + BLOCK_NOUNS] for i in range(0, len(distinct), BLOCK_NOUNS)]
     for half, _, memory_gb in ActorPool(actors).map(lambda a, b: a.encode.remote(b), blocks):

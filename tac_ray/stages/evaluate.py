@@ -37,7 +37,7 @@ def evaluate(
     """
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("evaluate", sum(len(a) for _, a in splits.values()), "tables")
+        writer.start(sum(len(a) for _, a in splits.values()), "tables")
         found: dict[str, Any] = {}
         for split, (listing, assignments) in splits.items():
             names = listing.facts["labels"]

@@ -22,6 +22,7 @@ def find_centroids(
     n_centroids: int,
     restarts: int,
     seed: int,
+    title: str,
 ) -> Artifact:
     """Cluster the rows of one artifact, or of aligned ones side by side.
 
@@ -34,6 +35,7 @@ def find_centroids(
         n_centroids: k.
         restarts: independent starts, the best objective wins.
         seed: of the starts.
+        title: what these centroids are for.
 
     Returns:
         `centroids.npy` float32 (k, d), parts of `centroid_id` int32 aligned with the inputs, and
@@ -55,7 +57,7 @@ def find_centroids(
     }
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("find_centroids", None, "iterations")
+        writer.start(None, "iterations")
         index.load(embeddings)
         result = fit(
             index,
@@ -82,5 +84,10 @@ def find_centroids(
         writer.note_memory(index.peak_memory_gb)
 
     return store.run_stage(
-        "find_centroids", version=1, options=options, inputs=embeddings, write=write
+        "find_centroids",
+        version=1,
+        options=options,
+        inputs=embeddings,
+        write=write,
+        title=f"find_centroids {title}",
     )

@@ -7,7 +7,12 @@ from tac_ray.index.group import ShardGroup
 
 
 def find_neighbors(
-    store: Store, config: FindNeighborsConfig, index: ShardGroup, embeddings: Artifact
+    store: Store,
+    config: FindNeighborsConfig,
+    index: ShardGroup,
+    embeddings: Artifact,
+    *,
+    title: str,
 ) -> Artifact:
     """Exact neighbors by inner product over all shards.
 
@@ -16,6 +21,7 @@ def find_neighbors(
         config: how many, and how a row is kept from being its own neighbor.
         index: the shards that will hold the rows.
         embeddings: artifact with an `embedding` column, of images or of text counterparts.
+        title: what the neighbors are of.
 
     Returns:
         Aligned with `embeddings`: `neighbor_row` and `similarity`, fixed-size lists, best first,
@@ -27,7 +33,7 @@ def find_neighbors(
     n = min(config.n_neighbors, embeddings.n_rows - 1)
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("find_neighbors", embeddings.n_rows, "rows")
+        writer.start(embeddings.n_rows, "rows")
         index.load([embeddings])
         for part in index.write_neighbors(writer.folder, n, exclude=config.self_neighbor):
             writer.parts.append(part)
@@ -36,5 +42,10 @@ def find_neighbors(
         writer.note_memory(index.peak_memory_gb)
 
     return store.run_stage(
-        "find_neighbors", version=1, options=config, inputs=[embeddings], write=write
+        "find_neighbors",
+        version=1,
+        options=config,
+        inputs=[embeddings],
+        write=write,
+        title=f"find_neighbors {title}",
     )

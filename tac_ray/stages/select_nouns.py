@@ -37,7 +37,7 @@ def select_nouns(
     }
 
     def write(writer: ArtifactWriter) -> None:
-        writer.progress.start("select_nouns", nouns.n_rows, "nouns")
+        writer.start(nouns.n_rows, "nouns")
         directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
         ids, confidences = [], []
         for table in nouns.tables(["embedding"]):

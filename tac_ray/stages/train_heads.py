@@ -86,7 +86,7 @@ def train_heads(
 
     def write(writer: ArtifactWriter) -> None:
         assert config.epochs is not None
-        writer.progress.start("train_heads", config.epochs, "epochs")
+        writer.start(config.epochs, "epochs")
         resources = ray.cluster_resources()
         n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         n_workers = config.n_workers or max(1, n_gpus)

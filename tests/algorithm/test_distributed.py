@@ -39,17 +39,23 @@ def step_inputs(step: int) -> Tensor:
 
 
 def train(form: str, rank: int, world: int) -> Result:
-    """Losses and gradients of some steps on this worker's rows, and the batch norms' buffers."""
+    """Some steps on this worker's rows: losses, gradients and the batch norms' buffers.
+
+    Also the probabilities that the image head, in evaluation, gives the worker's rows.
+    """
     heads = TacHeads(WIDTH, K, seed=0).double()
+    share = torch.arange(N_ROWS).tensor_split(world)[rank]
     steps = []
     for step in range(N_STEPS):
-        share = torch.arange(N_ROWS).tensor_split(world)[rank]
         heads.zero_grad()
         terms = LOSSES[form](*heads(*step_inputs(step)[:, share]))
         terms["loss"].backward()
         gradients = {name: value.grad.clone() for name, value in heads.named_parameters()}
         steps.append({"terms": {n: t.detach() for n, t in terms.items()}, "gradients": gradients})
-    return {"steps": steps, "buffers": dict(heads.named_buffers())}
+    heads.eval()
+    with torch.no_grad():
+        probs = heads.image(step_inputs(0)[0, share])
+    return {"steps": steps, "probs": probs, "buffers": dict(heads.named_buffers())}
 
 
 def reduce_squares(rank: int) -> Result:
@@ -171,3 +177,11 @@ def test_running_statistics_are_those_of_one_process(
         torch.testing.assert_close(
             result["published"]["buffers"], expected, rtol=TOLERANCE, atol=TOLERANCE
         )
+
+
+@pytest.mark.parametrize("world", WORKERS)
+def test_in_evaluation_every_row_has_the_answer_of_one_process(
+    workers: dict[int, list[Result]], alone: dict[str, Result], world: int
+):
+    probs = torch.cat([result["published"]["probs"] for result in workers[world]])
+    torch.testing.assert_close(probs, alone["published"]["probs"], rtol=TOLERANCE, atol=0)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
@@ -59,8 +58,6 @@ class _Callable:
 
 class _InProcessRay:
     """As much of Ray as a shard group asks for, in this process."""
-
-    exceptions = ray.exceptions
 
     def remote(self, kind: Callable[..., Any]) -> _Callable:
         return _Callable(lambda *args: _Actor(kind(*args)))

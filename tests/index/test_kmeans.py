@@ -142,7 +142,7 @@ def test_a_sample_is_fitted_as_if_it_were_all(loaded):
     rows = unit_rows(N_ROWS, 8)
     visible = random_rows(N_ROWS, 80, seed=5, restart=1 << 31)
     sampled = run(loaded(rows, PARTS), 4, seed=5, max_points_per_centroid=20)
-    alone = run(loaded(rows[visible], [80]), 4, seed=5)
+    alone = run(loaded(rows[visible], [50, 30]), 4, seed=5)
     np.testing.assert_allclose(sampled.centroids, alone.centroids, atol=1e-6)
 
 
@@ -153,12 +153,16 @@ def test_more_centroids_than_rows_is_refused_with_the_remedy(loaded):
     assert run(group, 10).objective == pytest.approx(1, abs=1e-3)
 
 
-def test_fewer_distinct_rows_than_centroids(loaded):
-    rows = np.tile(np.eye(4)[:3], (20, 1)).astype(np.float16)
-    result = run(loaded(rows, [40, 20]), 5, restarts=2)
+@pytest.mark.parametrize("seed", range(3))
+def test_fewer_distinct_rows_than_centroids(loaded, seed):
+    rows = np.tile(unit_rows(3, 8), (20, 1))
+    result = run(loaded(rows, [40, 20]), 5, seed=seed, restarts=2, max_iterations=8)
     assert np.isfinite(result.centroids).all()
     np.testing.assert_allclose(np.linalg.norm(result.centroids, axis=1), 1, atol=1e-6)
+    # Some centroids must stay without rows; every distinct row still has its own.
+    assert max(line["objective"] for line in result.iterations) == pytest.approx(1, abs=1e-3)
     assert result.objective == pytest.approx(1, abs=1e-3)
+    assert len(np.unique(np.concatenate(result.assignment))) == 3
 
 
 def test_clusters_that_lose_all_rows_are_seeded_again(loaded):
