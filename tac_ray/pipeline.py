@@ -397,6 +397,8 @@ def _absolute_paths(config: TacConfig) -> TacConfig:
 def _ray_session(verbose: bool) -> Iterator[None]:
     """Ray: the cluster of RAY_ADDRESS (set in every job), else one on this machine for the run."""
     quiet = not verbose
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # C++ lines on standard error
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.INFO)

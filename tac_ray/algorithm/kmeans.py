@@ -54,21 +54,23 @@ def next_centroids(
     Args:
         total: sums over all rows.
         previous: centroids of the pass, (k, d).
-        rng: draws which clusters are split.
+        rng: draws which clusters are split, and along which direction.
 
     Returns:
         Centroids (k, d) float32 and how many clusters were empty.
     """
-    centroids = normalize_rows(total.sums)
+    # Rows that cancel out leave their centroid where it was.
+    has_direction = total.sums.any(axis=1, keepdims=True)
+    centroids = np.where(has_direction, normalize_rows(total.sums), previous)
     empty = np.flatnonzero(total.counts == 0)
     if len(empty):
         surplus = np.maximum(total.counts - 1, 0).astype(float)
         if not surplus.any():
-            return np.where(total.counts[:, None] == 0, previous, centroids), len(empty)
+            return centroids, len(empty)
         donors = rng.choice(len(surplus), size=len(empty), p=surplus / surplus.sum())
-        step = np.where(np.arange(centroids.shape[1]) % 2, 1 - 1 / 1024, 1 + 1 / 1024)
-        for cluster, donor in zip(empty, donors, strict=True):
-            centroids[cluster] = centroids[donor] * step
-            centroids[donor] *= 2 - step
+        steps = normalize_rows(rng.normal(size=(len(empty), centroids.shape[1]))) / 1024
+        for cluster, donor, step in zip(empty, donors, steps, strict=True):
+            centroids[cluster] = centroids[donor] + step
+            centroids[donor] -= step
         centroids = normalize_rows(centroids)
     return centroids, len(empty)

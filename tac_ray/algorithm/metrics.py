@@ -47,6 +47,8 @@ def normalized_mutual_information(table: Table) -> float:
 
 def adjusted_rand_index(table: Table) -> float:
     """Rand index corrected for chance (ARI; Hubert and Arabie, 1985)."""
+    if table.sum() < 2:
+        return 1.0
     same_both = _pairs(table).sum()
     same_cluster, same_label = _pairs(table.sum(axis=1)).sum(), _pairs(table.sum(axis=0)).sum()
     expected = same_cluster * same_label / _pairs(table.sum())

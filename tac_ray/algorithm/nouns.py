@@ -25,7 +25,8 @@ def n_semantic_centroids(
     The cap is not the paper's: past 7 M images five nouns a centroid would exceed the nouns
     there are.
     """
-    wanted = max(n_images // images_per_centroid, centroids_per_cluster * n_clusters)
+    compact = (2 * n_images + images_per_centroid) // (2 * images_per_centroid)
+    wanted = max(compact, centroids_per_cluster * n_clusters)
     return min(wanted, max_centroids, n_images)
 
 

@@ -76,7 +76,10 @@ def train_heads(
     step. Peak memory a worker: (4 d + 16 n_neighbors) N bytes, and 100 n (d + K) for its n rows
     of a batch.
     """
-    config = config.resolve(n_clusters)
+    resources = ray.cluster_resources()
+    n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    n_workers = config.n_workers or max(1, n_gpus)
+    config = dataclasses.replace(config.resolve(n_clusters), n_workers=n_workers)
     batch_size = check_batch(config, images.n_rows)
     options = {
         name: value
@@ -87,9 +90,6 @@ def train_heads(
     def write(writer: ArtifactWriter) -> None:
         assert config.epochs is not None
         writer.start(config.epochs, "epochs")
-        resources = ray.cluster_resources()
-        n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        n_workers = config.n_workers or max(1, n_gpus)
         job = TrainingJob(
             config=dataclasses.replace(config, batch_size=batch_size),
             n_clusters=n_clusters,

@@ -239,7 +239,7 @@ def test_kmeans_on_any_number_of_actors_gives_the_bits_of_one_process(
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_neighbors_on_any_number_of_actors_give_the_files_of_one_process(
     on_ray, make_artifact, tmp_path, request
 ):

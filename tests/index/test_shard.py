@@ -81,6 +81,7 @@ def test_sums_are_exact_whatever_the_blocks_and_threads(loaded, monkeypatch):
     # Magnitudes far apart: any rounding on the way would show.
     rows[::3] *= np.float16(1 / 256)
     centroids = normalize_rows(np.random.default_rng(1).standard_normal((3, 12)))
+    nearest = (rows.astype(np.float64) @ centroids.astype(np.float64).T).argmax(axis=1)
     found = []
     for block_rows, threads in [(4096, 1), (1, 3), (7, 2), (64, 4)]:
         monkeypatch.setattr(shard_module, "BLOCK_ROWS", block_rows)
@@ -88,6 +89,7 @@ def test_sums_are_exact_whatever_the_blocks_and_threads(loaded, monkeypatch):
         (sums, counts, objective), _ = shard.assign(centroids)
         found.append((sums.tobytes(), counts.tolist(), np.round(objective, 5).tolist()))
         assert len(objective) == 3
+        np.testing.assert_array_equal(np.concatenate(shard.assignment()), nearest)
     assert all(other == found[0] for other in found)
 
 
