@@ -64,9 +64,8 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
     config = _absolute_paths(config)
     steps = _Steps(config, progress or ConsoleProgress())
     store = steps.store
-    chosen, heads_config = config.select_nouns, config.train_heads.resolve(config.n_clusters)
 
-    listing = steps.add("list_images", list_images(store, config.images, labels=config.labels))
+    listing = list_images(store, config.images, labels=config.labels)
     _check_sizes(config, listing.n_rows)
     if config.val_images:
         list_images(store, config.val_images, labels=config.labels)
@@ -81,6 +80,8 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         for line in plan.lines():
             steps.progress.say(line)
 
+        # The run begins to exist here, so that one refused above can be put right and repeated.
+        steps.add("list_images", listing)
         images = steps.add(
             "embed_images", embed_images(store, config.embed_images, spec, encoder, listing)
         )
@@ -101,7 +102,9 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 title="semantic",
             )
             steps.add("find_centroids", centroids)
-            selected = steps.add("select_nouns", select_nouns(store, chosen, centroids, nouns))
+            selected = steps.add(
+                "select_nouns", select_nouns(store, config.select_nouns, centroids, nouns)
+            )
             counterparts = steps.add(
                 "build_counterparts",
                 build_counterparts(store, config.build_counterparts, images, selected),
@@ -117,7 +120,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         if "tac" in config.methods:
             heads = train_heads(
                 store,
-                heads_config,
+                config.train_heads,
                 images,
                 counterparts,
                 *neighbors,

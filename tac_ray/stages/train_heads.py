@@ -61,7 +61,7 @@ def train_heads(
 
     Args:
         store: where artifacts lie.
-        config: resolved for `n_clusters`.
+        config: options; those left open follow `n_clusters`.
         images: artifact of embed_images.
         counterparts: artifact of build_counterparts.
         image_neighbors: artifact of find_neighbors over `images`.

@@ -200,6 +200,7 @@ def test_bad_input_ends_in_one_clear_line(
     kept = _without(options, *(flag for flag in changes if flag in options))
     changed = [word for pair in changes.items() for word in pair]
     _refused([*kept, *changed, "--out", str(tmp_path / "run")], message, capsys)
+    assert not (tmp_path / "run").exists(), "a refused run is in the way of the corrected one"
 
 
 def test_folders_without_a_readable_image_are_refused(
