@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,13 +58,15 @@ class Encoder:
         """Height and width of the pixels it takes."""
         # Text of the towers that share a text encoder (models differing in `visual` alone) has
         # one fingerprint, so their nouns are embedded once.
+        config: dict[str, Any] = dict(open_clip.get_model_config(spec.model) or {})
+        vision, text = config.pop("vision_cfg", None), config.pop("text_cfg", None)
         self.image_fingerprint = _hash(
-            [repr(self._model.visual), str(sorted(preprocess.items())), str(spec.resize)],
+            [config, vision, preprocess, spec.resize],
             {n: t for n, t in self._model.state_dict().items() if n.startswith("visual.")},
             spec.precision,
         )
         self.text_fingerprint = _hash(
-            [repr(m) for n, m in self._model.named_children() if n != "visual"],
+            [config, text],
             {
                 n: t
                 for n, t in self._model.state_dict().items()
@@ -158,12 +161,18 @@ def _load_model(spec: EncoderSpec) -> Any:
             return open_clip.create_model(
                 spec.model, pretrained=pretrained, require_pretrained=True, weights_only=True
             )
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" in str(error) or "size mismatch" in str(error):
+    except (RuntimeError, AssertionError) as error:
+        # open_clip asserts the width of positions, and torch lists the tensors that do not fit.
+        if isinstance(error, AssertionError) or "loading state_dict" in str(error):
             first = str(error).strip().splitlines()[-1].strip()
+            remedy = (
+                "put the weights and the configuration of one model into the folder"
+                if has_schema
+                else "give --model and --pretrained of the same model"
+            )
             raise ValueError(
                 f"weights {pretrained or spec.model} are not of architecture {spec.model} "
-                f"({first}); give both --model and --pretrained of the same model"
+                f"({first}); {remedy}"
             ) from error
         raise FileNotFoundError(
             f"no weights for --model {spec.model} --pretrained {pretrained}: {error}"
@@ -213,9 +222,10 @@ def _crop(preprocess: dict[str, Any], resize: int | None) -> transforms.Compose:
     return transforms.Compose(steps)
 
 
-def _hash(structure: list[str], tensors: dict[str, Tensor], precision: str) -> str:
-    # The modules' printed structure tells activations apart, which no weight does.
-    digest = hashlib.sha256("\n".join([*structure, precision]).encode())
+def _hash(structure: list[Any], tensors: dict[str, Tensor], precision: str) -> str:
+    # The configuration tells what no weight does: activations, heads, pooling.
+    described = json.dumps([*structure, precision], sort_keys=True, default=str)
+    digest = hashlib.sha256(described.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)

@@ -6,10 +6,23 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_PIXELS = 200_000_000
-"""Larger images are refused before they are decompressed."""
+MAX_PIXELS = 178_956_970
+"""Larger images are refused before they are decompressed. Pillow's own limit."""
+
+# Pillow would open more, some of them (EPS) by running another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_ORIENTATION_TAG = 0x0112
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Crop = Callable[[Image.Image], Image.Image]
 
@@ -32,17 +45,26 @@ def decode_image(data: bytes, crop: Crop) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ValueError(
                         f"{width} x {height} pixels should be <= {MAX_PIXELS:,} in all"
                     )
                 image.load()
-                rgb = _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+                rgb = _upright(image, _to_rgb(image))
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return np.asarray(crop(rgb), dtype=np.uint8)
+
+
+def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    """`rgb` turned as the EXIF data of `image` say."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # EXIF data that cannot be read turn nothing
+        return rgb
+    return rgb.transpose(_TURN[orientation]) if orientation in _TURN else rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -74,6 +74,7 @@ class ShardGroup:
             self.use_rows(None)
             return
         self._start()
+        self._loaded = None
         self._sources = part_sources(artifacts)
         held = np.array_split(np.arange(len(self._sources)), len(self._shards))
         loading = [
@@ -112,7 +113,7 @@ class ShardGroup:
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of sorted global rows, (n, d) float32."""
         found = self._get([shard.rows.remote(rows) for shard in self._shards])
-        return np.concatenate([values for _, values in found])
+        return np.concatenate([values for _, values in found if len(values)])
 
     def write_neighbors(self, folder: Folder, n: int, *, exclude: str) -> Iterator[Part]:
         """Write the `n` nearest rows of every row, part by part, aligned with the sources.
@@ -158,7 +159,7 @@ class ShardGroup:
             raise
 
 
-@ray.remote
+@ray.remote(num_cpus=0.5)
 def _write_neighbors(
     folder: Folder,
     source: PartSource,

@@ -64,7 +64,7 @@ def fit(
         n_visible = max_points_per_centroid * n_centroids
         visible = random_rows(n_rows, n_visible, seed=seed, restart=_SAMPLE)
     index.use_rows(visible)
-    best, best_objective = None, -np.inf
+    best, best_score = None, (False, -np.inf)
     log: list[dict[str, float]] = []
     for restart in range(restarts):
         pool = n_rows if visible is None else len(visible)
@@ -81,8 +81,8 @@ def fit(
             on_iteration(f"restart {restart + 1}/{restarts}, objective {value:.4f}")
             # Centroids with empty clusters serve when there is nothing better: fewer distinct
             # rows than centroids.
-            if best is None or (value > best_objective and not n_empty):
-                best, best_objective = used, -np.inf if n_empty else value
+            if (n_empty == 0, value) > best_score:
+                best, best_score = used, (n_empty == 0, value)
             settled = n_moved == 0 or value - previous <= tolerance * abs(value)
             if settled and not n_empty:
                 break

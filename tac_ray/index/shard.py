@@ -20,6 +20,9 @@ BLOCK_ROWS = 4096
 """Rows widened to float32 at a time. Blocks are cut at parts, and each runs on one thread, so
 neither the number of shards nor of threads enters the bits."""
 
+TIED_QUERIES = 64
+"""Queries searched again at a time: 64 x 32,768 results are 25 MB."""
+
 
 @dataclass(frozen=True)
 class PartSource:
@@ -135,13 +138,14 @@ class Shard:
 
     def rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Those of the global rows that this shard holds: their numbers and embeddings."""
-        found, values = [], []
+        found, values = [np.zeros(0, dtype=np.int64)], []
         for source, part in self._parts:
             local = rows - source.first_row
             inside = local[(local >= 0) & (local < len(part))]
             found.append(inside + source.first_row)
             values.append(part[torch.from_numpy(inside)].float().numpy())
-        return np.concatenate(found), np.concatenate(values)
+        embeddings = np.concatenate(values) if values else np.zeros((0, 0), dtype=np.float32)
+        return np.concatenate(found), embeddings
 
     def search(self, source: PartSource, n: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The `n` most similar rows of this shard for every row of a part.
@@ -152,6 +156,9 @@ class Shard:
 
         Cost: 2 n_queries n_rows d operations; memory a part widened to float32 a thread.
         """
+        if not self._parts:
+            nothing = np.zeros((source.n_rows, 0))
+            return nothing.astype(np.float32), nothing.astype(np.int64)
         queries = source.load()
         blocks = [queries[i : i + BLOCK_ROWS] for i in range(0, len(queries), BLOCK_ROWS)]
 
@@ -159,12 +166,7 @@ class Shard:
             wide = block.float().numpy()
             found = []
             for held, part in self._parts:
-                similarity, row = faiss.knn(
-                    wide,
-                    part.float().numpy(),
-                    min(n, len(part)),
-                    metric=faiss.METRIC_INNER_PRODUCT,
-                )
+                similarity, row = _top_rows(wide, part.float().numpy(), n)
                 found.append((similarity, row + held.first_row))
             return merge_top(found, n)
 
@@ -173,6 +175,27 @@ class Shard:
             np.concatenate([similarity for similarity, _ in results]),
             np.concatenate([row for _, row in results]),
         )
+
+
+def _top_rows(
+    queries: NDArray[np.float32], rows: NDArray[np.float32], n: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Best `n` rows of each query, ties by row number also at the cut.
+
+    FAISS keeps any of the rows that are tied for the last places, so queries with such a tie are
+    searched again for all rows.
+    """
+    metric = faiss.METRIC_INNER_PRODUCT
+    if n >= len(rows):
+        return merge_top([faiss.knn(queries, rows, len(rows), metric=metric)], n)
+    similarity, row = merge_top([faiss.knn(queries, rows, n + 1, metric=metric)], n + 1)
+    tied = np.flatnonzero(similarity[:, n - 1] == similarity[:, n])
+    similarity, row = similarity[:, :n].copy(), row[:, :n].copy()
+    for some in np.array_split(tied, len(tied) // TIED_QUERIES + 1):
+        if len(some):
+            every = faiss.knn(queries[some], rows, len(rows), metric=metric)
+            similarity[some], row[some] = merge_top([every], n)
+    return similarity, row
 
 
 def merge_top(

@@ -14,7 +14,8 @@ def map_parts(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) 
 
     At most two calls a CPU are in flight, so memory is bounded whatever the number of parts.
     """
-    task = ray.remote(function)
+    # Half a core each: room beside the shards also where there is one core.
+    task = ray.remote(num_cpus=0.5)(function)
     limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     running: deque[Any] = deque()
     for args in arguments:

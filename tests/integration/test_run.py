@@ -188,7 +188,6 @@ BAD_INPUT = {
         {"--batch-size": "3", "--n-workers": "2"},
         "batch_size=3 should be >= 2 x n_workers=2",
     ),
-    "zero restarts": ({"--cluster-restarts": "0"}, "cluster_restarts=0 should be >= 1"),
 }
 
 
@@ -201,6 +200,16 @@ def test_bad_input_ends_in_one_clear_line(
     changed = [word for pair in changes.items() for word in pair]
     _refused([*kept, *changed, "--out", str(tmp_path / "run")], message, capsys)
     assert not (tmp_path / "run").exists(), "a refused run is in the way of the corrected one"
+
+
+def test_an_option_out_of_range_is_named(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    kept = _without(options, "--cluster-restarts")
+    with pytest.raises(SystemExit) as ended:
+        run_command([*kept, "--cluster-restarts", "0", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "cluster_restarts=0 should be >= 1" in capsys.readouterr().err
 
 
 def test_folders_without_a_readable_image_are_refused(
