@@ -11,6 +11,9 @@ from PIL import Image
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decompressed. Pillow's own limit."""
 
+MAX_ASPECT = 500
+"""Narrower images are refused: resized to an encoder's short side, they would fill the memory."""
+
 # Pillow would open more, some of them (EPS) by running another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _ORIENTATION_TAG = 0x0112
@@ -38,7 +41,8 @@ def decode_image(data: bytes, crop: Crop) -> NDArray[np.uint8]:
         crop: the encoder's resize and crop.
 
     Raises:
-        ValueError: not an image, truncated, or larger than MAX_PIXELS.
+        ValueError: not an image, truncated, larger than MAX_PIXELS or longer than MAX_ASPECT
+            times its width.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -51,8 +55,15 @@ def decode_image(data: bytes, crop: Crop) -> NDArray[np.uint8]:
                     raise ValueError(
                         f"{width} x {height} pixels should be <= {MAX_PIXELS:,} in all"
                     )
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ValueError(
+                        f"{width} x {height} pixels should be at most {MAX_ASPECT} times as long "
+                        "as wide"
+                    )
                 image.load()
                 rgb = _upright(image, _to_rgb(image))
+    except ValueError:
+        raise
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return np.asarray(crop(rgb), dtype=np.uint8)

@@ -263,3 +263,8 @@ def test_no_file_starts_another_program(monkeypatch):
     assert not started
     with pytest.raises(ValueError, match=r"\w+"):
         pixels(data)
+
+
+def test_images_that_resizing_would_blow_up_are_refused_before_decompression(never_decompressed):
+    with pytest.raises(ValueError, match=r"1 x 20001 pixels should be at most 500 times"):
+        pixels(png(1, 20_001))
