@@ -50,14 +50,15 @@ def run_command(arguments: Sequence[str], **defaults: Any) -> None:
     )
     required = dict.fromkeys(("images", "n_clusters", "out"), tyro.MISSING)
     start = {"best": best, "reference": reference}[chosen.config](**{**required, **defaults})
-    config = _parse(
+    config = _plainly(
         lambda: tyro.cli(
             TacConfig,
             prog="tac-ray run [--config {best,reference}]",
             description="Cluster a folder or bucket of images into named groups.",
             default=start,
             args=rest,
-        )
+        ),
+        verbose=False,
     )
     _show(_plainly(lambda: run(config), verbose=config.verbose))
 
@@ -111,11 +112,6 @@ def _show(found: Run) -> None:
     rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
     console.print(f"clusters: {shown}{rest}", markup=False)
     console.print(f"table: {Folder(found.out).join('clusters')}", markup=False)
-
-
-def _parse(parse: Callable[[], T]) -> T:
-    """Parse options; a value that a config refuses ends like any other bad option."""
-    return _plainly(parse, verbose=False)
 
 
 def _plainly(work: Callable[[], T], *, verbose: bool) -> T:

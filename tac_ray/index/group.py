@@ -62,11 +62,6 @@ class ShardGroup:
         """Rows of all shards."""
         return sum(source.n_rows for source in self._sources)
 
-    @property
-    def sources(self) -> list[PartSource]:
-        """The parts that are loaded, in order."""
-        return self._sources
-
     def load(self, artifacts: list[Artifact]) -> None:
         """Hold the rows of aligned artifacts, side by side."""
         fingerprints = [artifact.fingerprint for artifact in artifacts]
