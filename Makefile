@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not integration and not browser and not gpu"
 
 test-integration: $(READY)
-	$(BIN)/python -m pytest -m "integration" --timeout 1200
+	$(BIN)/python -m pytest -m "integration or browser" --timeout 1200
 
 bench: $(READY)
 	@set -e; for file in $(wildcard benchmarks/*.py); do $(BIN)/python $$file; done

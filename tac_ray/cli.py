@@ -1,4 +1,4 @@
-"""`tac-ray run | assign | status`."""
+"""`tac-ray run | assign | report | status`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from tac_ray.artifacts.storage import Folder, absolute
 from tac_ray.config import TacConfig, best, reference
 from tac_ray.pipeline import assign, run
 from tac_ray.progress import score_table, stage_table
+from tac_ray.report.page import PAGE, write_page
 
 T = TypeVar("T")
 
@@ -22,6 +23,7 @@ def main() -> None:
     commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
         "run": (run_command, "cluster a folder or bucket of images"),
         "assign": (_assign_command, "put new images into the clusters of a run"),
+        "report": (_report_command, "write the page of a run, also to another place"),
         "status": (_status_command, "what a run has done"),
     }
     name, *arguments = sys.argv[1:] or ["--help"]
@@ -87,6 +89,21 @@ def _assign_command(arguments: Sequence[str]) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    run: tyro.conf.Positional[str]
+    """Folder or s3:// prefix of a finished run."""
+    to: str | None = None
+    """Where the page goes, such as a folder on one's own disk; default is the run's own `page`."""
+
+
+def _report_command(arguments: Sequence[str]) -> None:
+    wanted = tyro.cli(_Report, prog="tac-ray report", args=arguments)
+    to = None if wanted.to is None else absolute(wanted.to)
+    page = _plainly(lambda: write_page(Run.load(absolute(wanted.run)), to), verbose=False)
+    print(f"page: {page}")
+
+
 def _status_command(arguments: Sequence[str]) -> None:
     path = tyro.cli(
         Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="run", metavar="RUN")],
@@ -112,6 +129,7 @@ def _show(found: Run) -> None:
     rest = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
     console.print(f"clusters: {shown}{rest}", markup=False)
     console.print(f"table: {Folder(found.out).join('clusters')}", markup=False)
+    console.print(f"page: {Folder(found.page).join(PAGE)}", markup=False)
 
 
 def _plainly(work: Callable[[], T], *, verbose: bool) -> T:

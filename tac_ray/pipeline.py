@@ -24,6 +24,8 @@ from tac_ray.encoders.nouns import load_nouns
 from tac_ray.index.group import ShardGroup
 from tac_ray.plan import make_plan
 from tac_ray.progress import ConsoleProgress
+from tac_ray.report.page import write_page
+from tac_ray.report.pictures import report
 from tac_ray.stages.assign_clusters import Model, assign_clusters
 from tac_ray.stages.build_counterparts import build_counterparts
 from tac_ray.stages.embed_images import embed_images
@@ -218,7 +220,8 @@ class _Steps:
         return artifact
 
     def finish(self, splits: dict[str, Split]) -> Run:
-        """Score what has labels, write the run and tell where it is."""
+        """Score what has labels, write the page and the run."""
+        answer = self.config.answer
         labeled = {name: split for name, split in splits.items() if split[0].facts["labels"]}
         found: dict[str, dict[str, dict[str, float]]] = {}
         if labeled:
@@ -230,7 +233,10 @@ class _Steps:
                 seed=self.config.seed,
             )
             found = read_scores(self.add("evaluate", evaluation))
+        self.add("report", report(self.store, self._artifacts[f"assign_clusters:{answer}"]))
         done = self._run(found, finished=True)
+        Folder(done.page).remove()
+        write_page(done)
         done.write()
         return done
 

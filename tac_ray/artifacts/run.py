@@ -54,8 +54,18 @@ class Run:
         return Artifact.load(self.artifacts[step])
 
     @property
+    def answer(self) -> str:
+        """The method whose table is the answer."""
+        return str(self.config["methods"][-1])
+
+    @property
+    def page(self) -> str:
+        """Folder of the run's page, whose index.html opens in a browser."""
+        return Folder(self.out).join("page")
+
+    @property
     def clusters(self) -> ds.Dataset:
-        """The answer: image_id, uri, member, cluster_id, probability, cluster_name."""
+        """The answer, a row an image: uri, cluster_id, cluster_name, probability, runner-up."""
         path = Folder(self.out).join("clusters")
         fs, inner = filesystem(path)
         return ds.dataset(inner, format="parquet", filesystem=None if is_local(path) else fs)

@@ -39,6 +39,8 @@ CLUSTERS = pa.schema(
         ("member", pa.string()),
         ("cluster_id", pa.int32()),
         ("probability", pa.float32()),
+        ("next_cluster_id", pa.int32()),
+        ("next_probability", pa.float32()),
         ("cluster_name", pa.string()),
     ]
 )
@@ -49,6 +51,18 @@ CLUSTER_NAMES = pa.schema(
         ("runners_up", pa.list_(pa.string())),
         ("size", pa.int64()),
         ("mean_probability", pa.float32()),
+    ]
+)
+PICTURES = pa.schema(
+    [
+        ("cluster_id", pa.int32()),
+        ("kind", pa.int8()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("member", pa.string()),
+        ("probability", pa.float32()),
+        ("next_cluster_id", pa.int32()),
+        ("next_probability", pa.float32()),
     ]
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decompressed. Pillow's own limit."""
@@ -64,6 +64,8 @@ def decode_image(data: bytes, crop: Crop) -> NDArray[np.uint8]:
                 rgb = _upright(image, _to_rgb(image))
     except ValueError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image in any of the formats {', '.join(_FORMATS)}") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return np.asarray(crop(rgb), dtype=np.uint8)

@@ -57,8 +57,9 @@ def assign_clusters(
         named_by: an earlier assignment whose names hold; default is to name by these images.
 
     Returns:
-        `image_id`, `uri`, `member`, `cluster_id`, `probability`, `cluster_name`, aligned with
-        `images`; `names.parquet`, a row a cluster.
+        `image_id`, `uri`, `member`, `cluster_id`, `probability`, `next_cluster_id`,
+        `next_probability` (the runner-up), `cluster_name`, aligned with `images`;
+        `names.parquet`, a row a cluster.
 
     Cost: 2 N d (d + K) operations with heads. Peak memory a worker: one part; the driver holds
     the K x M sums of noun weights, sparse.
@@ -103,7 +104,7 @@ def assign_clusters(
     inputs = [model.artifact, listing, images, counterparts, selected]
     return store.run_stage(
         "assign_clusters",
-        version=1,
+        version=2,
         options={"method": model.method},
         inputs=[*inputs, *([named_by] if named_by else [])],
         write=write,
@@ -143,7 +144,8 @@ def _assign_part(
     vectors = torch.tensor(matrix(table["embedding"]))
     if model.method == "train-free":
         vectors = torch.cat([torch.tensor(matrix(text["embedding"])), vectors], dim=1)
-    cluster_id, probability, n_clusters = _nearest(model, vectors)
+    nearest, n_clusters = _nearest(model, vectors)
+    cluster_id, probability = nearest.cluster_id, nearest.probability
     image_id = table["image_id"].to_numpy()
     listed = _listed(listing, image_id)
     staged = pa.table(
@@ -153,6 +155,8 @@ def _assign_part(
             "member": listed["member"],
             "cluster_id": cluster_id.astype(np.int32),
             "probability": probability,
+            "next_cluster_id": nearest.next_cluster_id.astype(np.int32),
+            "next_probability": nearest.next_probability,
         }
     )
     noun_row = np.searchsorted(selected["noun_id"].to_numpy(), matrix(text["noun_id"]))
@@ -170,17 +174,28 @@ def _assign_part(
     )
 
 
-def _nearest(
-    model: Model, vectors: torch.Tensor
-) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
-    """Cluster and probability of each row, and K."""
+class _Nearest(NamedTuple):
+    """Two clusters of each row with their probabilities, (n,) each."""
+
+    cluster_id: NDArray[np.int64]
+    probability: NDArray[np.float32]
+    next_cluster_id: NDArray[np.int64]
+    next_probability: NDArray[np.float32]
+
+
+def _nearest(model: Model, vectors: Tensor) -> tuple[_Nearest, int]:
+    """The most probable cluster of each row and the runner-up, and K."""
     probs_of = _cluster_probs(model)
+    found, n_clusters = [], 0
     with torch.inference_mode():
-        probs = (probs_of(rows.float()) for rows in vectors.split(BATCH_ROWS))
-        top = [(p.max(dim=1), p.shape[1]) for p in probs]
-    cluster_id = torch.cat([t.indices for t, _ in top]).numpy()
-    probability = torch.cat([t.values for t, _ in top]).numpy()
-    return cluster_id, probability, top[0][1]
+        for rows in vectors.split(BATCH_ROWS):
+            probs = probs_of(rows.float())
+            n_clusters = probs.shape[1]
+            # max, not topk: of equal probabilities it promises the first.
+            first = probs.max(dim=1)
+            second = probs.scatter(1, first.indices[:, None], -1.0).max(dim=1)
+            found.append((first.indices, first.values, second.indices, second.values))
+    return _Nearest(*(torch.cat(c).numpy() for c in zip(*found, strict=True))), n_clusters
 
 
 def _cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:

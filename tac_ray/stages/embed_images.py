@@ -118,7 +118,9 @@ class LoadPixels:
             fs, path = filesystem(uri)
             data: bytes = fs.cat_file(path)  # type: ignore[assignment]
         except OSError as error:
-            return self._blank, "download", f"{type(error).__name__}: {error}"
+            # Without the path, which `uri` says: equal reasons read the same.
+            reason = f"{type(error).__name__}: {error.strerror or error}"
+            return self._blank, "download", reason
         try:
             return decode_image(data, self._crop), "", ""
         except ValueError as error:

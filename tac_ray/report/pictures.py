@@ -1,0 +1,158 @@
+"""The stage `report`: which pictures stand for a cluster, and sheets of them."""
+
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from tac_ray.artifacts.manifest import Artifact, Part, describe
+from tac_ray.artifacts.schemas import PICTURES
+from tac_ray.artifacts.storage import Folder, filesystem, table_bytes
+from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.encoders.decode import decode_image
+from tac_ray.stages.parts import map_parts
+
+KINDS = ("most confident", "least confident", "nearest to the next cluster")
+PER_KIND = 4
+"""Pictures of each kind; a sheet has a row for each kind."""
+SIDE = 128
+"""Pixels of a picture's side on a sheet."""
+SHEETS_PER_TASK = 8
+READS_IN_FLIGHT = 8
+
+
+def report(store: Store, assignment: Artifact) -> Artifact:
+    """Choose the pictures of every cluster and draw them on a sheet each.
+
+    Args:
+        store: where artifacts lie.
+        assignment: artifact of assign_clusters.
+
+    Returns:
+        `pictures.parquet`, a row a picture in the order of the sheets; `sheets/NNNNN.jpg`, for
+        cluster NNNNN: a row of PER_KIND pictures for each of KINDS, gray where there is none or
+        where an image could no longer be read (fact `n_unread`).
+
+    Cost: one pass over the assignment, then reads 12 K images. Peak memory a worker: one part, or
+    READS_IN_FLIGHT decoded images; the driver holds 36 K rows.
+    """
+
+    def write(writer: ArtifactWriter) -> None:
+        names = assignment.folder.read_table("names.parquet")
+        n_clusters = names.num_rows
+        writer.start(n_clusters, "clusters")
+        parts = ((assignment.folder, part.name) for part in assignment.manifest.parts)
+        candidates = pa.concat_tables(map_parts(_candidates, parts))
+        pictures = choose_pictures(candidates)
+        writer.add_file("pictures.parquet", table_bytes(pictures), pictures.num_rows)
+        cluster_id = pictures["cluster_id"].to_numpy()
+        tasks = []
+        for start in range(0, n_clusters, SHEETS_PER_TASK):
+            clusters = range(start, min(start + SHEETS_PER_TASK, n_clusters))
+            rows = (cluster_id >= clusters.start) & (cluster_id < clusters.stop)
+            tasks.append((writer.folder, clusters, pictures.filter(rows)))
+        n_unread = 0
+        for sheets, unread, memory_gb in map_parts(_draw_sheets, tasks):
+            writer.files += sheets
+            n_unread += unread
+            writer.note_memory(memory_gb)
+            writer.progress.advance(len(sheets))
+        writer.facts["n_unread"] = n_unread
+
+    return store.run_stage("report", version=1, options={}, inputs=[assignment], write=write)
+
+
+def choose_pictures(rows: pa.Table) -> pa.Table:
+    """The pictures of every cluster: PER_KIND of each of KINDS, no image twice.
+
+    Args:
+        rows: of assign_clusters, at least the first 3 PER_KIND of each cluster by each kind.
+
+    Returns:
+        Table PICTURES, sorted by cluster, kind and rank. A cluster with fewer images has fewer
+        pictures; equal images stand in the order of their `image_id`.
+    """
+    left = rows.sort_by("image_id")
+    chosen = []
+    for kind in range(len(KINDS)):
+        picked = _first_of_each_cluster(left, kind, PER_KIND)
+        chosen.append(
+            left.take(picked).append_column("kind", pa.array([kind] * len(picked), pa.int8()))
+        )
+        others = np.setdiff1d(np.arange(left.num_rows), picked)
+        left = left.take(others)
+    table = pa.concat_tables(chosen)
+    order = np.lexsort((table["kind"].to_numpy(), table["cluster_id"].to_numpy()))
+    return table.take(order).select(PICTURES.names).cast(PICTURES)
+
+
+def _first_of_each_cluster(rows: pa.Table, kind: int, n: int) -> NDArray[np.int64]:
+    """Indices of the first `n` rows of each cluster by `kind`, sorted by cluster and rank."""
+    probability = rows["probability"].to_numpy()
+    margin = probability - rows["next_probability"].to_numpy()
+    key = (-probability, probability, margin)[kind]
+    cluster_id = rows["cluster_id"].to_numpy()
+    order = np.lexsort((rows["image_id"].to_numpy(), key, cluster_id))
+    grouped = cluster_id[order]
+    rank = np.arange(len(order)) - np.searchsorted(grouped, grouped)
+    return order[rank < n]
+
+
+def _candidates(folder: Folder, name: str) -> pa.Table:
+    """The rows of a part that can become pictures."""
+    rows = folder.read_table(name)
+    # A picture may be taken by an earlier kind, so each kind brings enough for all.
+    enough = len(KINDS) * PER_KIND
+    picked = [_first_of_each_cluster(rows, kind, enough) for kind in range(len(KINDS))]
+    return rows.take(np.unique(np.concatenate(picked)))
+
+
+def _draw_sheets(
+    folder: Folder, clusters: Iterable[int], pictures: pa.Table
+) -> tuple[list[Part], int, float]:
+    sheets, n_unread = [], 0
+    cluster_id = pictures["cluster_id"].to_numpy()
+    with ThreadPoolExecutor(READS_IN_FLIGHT) as readers:
+        for cluster in clusters:
+            mine = pictures.filter(cluster_id == cluster)
+            tiles = list(readers.map(_tile, mine["uri"].to_pylist()))
+            n_unread += sum(tile is None for tile in tiles)
+            name = sheet_name(cluster)
+            data = draw_sheet(tiles, mine["kind"].to_pylist())
+            folder.write(name, data)
+            sheets.append(describe(name, data))
+    return sheets, n_unread, resident_gb()
+
+
+def sheet_name(cluster: int) -> str:
+    """File of a cluster's sheet, the same in the artifact and in the page's folder."""
+    return f"sheets/{cluster:05d}.jpg"
+
+
+def draw_sheet(tiles: list[Image.Image | None], kinds: list[int]) -> bytes:
+    """A JPEG of the tiles, a row a kind; None leaves its place gray."""
+    sheet = Image.new("RGB", (PER_KIND * SIDE, len(KINDS) * SIDE), (128, 128, 128))
+    for i, (tile, kind) in enumerate(zip(tiles, kinds, strict=True)):
+        if tile is not None:
+            sheet.paste(tile, ((i - kinds.index(kind)) * SIDE, kind * SIDE))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def _tile(uri: str) -> Image.Image | None:
+    """A square picture of an image; None if the image is there no longer."""
+    try:
+        fs, path = filesystem(uri)
+        data: bytes = fs.cat_file(path)  # type: ignore[assignment]
+        return Image.fromarray(decode_image(data, _square))
+    except (OSError, ValueError):
+        return None
+
+
+def _square(image: Image.Image) -> Image.Image:
+    return ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.BICUBIC)
