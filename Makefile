@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # faiss-cpu and faiss-gpu conflict, so one of them is chosen here.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: install lint test test-integration bench clean
+.PHONY: demo install lint test test-integration bench clean
 
 install: $(READY)
 
@@ -14,6 +14,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRA),test]' --constraint constraints.txt
 	touch $@
+
+demo: $(READY)
+	$(BIN)/tac-ray demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

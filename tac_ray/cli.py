@@ -1,5 +1,6 @@
-"""`tac-ray run | assign | report | status`."""
+"""`tac-ray run | assign | report | status | demo`."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from rich.console import Console
 from tac_ray.artifacts.run import Run
 from tac_ray.artifacts.storage import Folder, absolute
 from tac_ray.config import TacConfig, best, reference
+from tac_ray.demo import accuracy_by_glyph, demo_config
 from tac_ray.pipeline import assign, run
-from tac_ray.progress import score_table, stage_table
+from tac_ray.progress import glyph_table, score_table, stage_table
 from tac_ray.report.page import PAGE, write_page
 
 T = TypeVar("T")
@@ -25,6 +27,7 @@ def main() -> None:
         "assign": (_assign_command, "put new images into the clusters of a run"),
         "report": (_report_command, "write the page of a run, also to another place"),
         "status": (_status_command, "what a run has done"),
+        "demo": (demo_command, "two minutes with pictures and an encoder that ship with tac-ray"),
     }
     name, *arguments = sys.argv[1:] or ["--help"]
     if name not in commands:
@@ -113,6 +116,28 @@ def _status_command(arguments: Sequence[str]) -> None:
     )
     found = _plainly(lambda: Run.load(absolute(path)), verbose=False)
     _show(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Demo:
+    out: str = "runs/demo"
+    """Where the demo's run goes."""
+    verbose: bool = False
+    """Show Ray's own log lines."""
+
+
+def demo_command(arguments: Sequence[str]) -> None:
+    """`tac-ray demo`."""
+    wanted = tyro.cli(_Demo, prog="tac-ray demo", args=arguments)
+    config = dataclasses.replace(demo_config(wanted.out), verbose=wanted.verbose)
+    print(
+        f"demo: {config.n_clusters} clusters of emoji on colored backgrounds, with a small encoder "
+        "trained on emoji and the short list of nouns"
+    )
+    found = _plainly(lambda: run(config), verbose=wanted.verbose)
+    _show(found)
+    Console(highlight=False).print(glyph_table(accuracy_by_glyph(found)))
+    print(f"open {Folder(found.page).join(PAGE)}")
 
 
 def _show(found: Run) -> None:

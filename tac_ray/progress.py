@@ -122,3 +122,14 @@ def score_table(scores: dict[str, dict[str, dict[str, float]]]) -> Table:
             numbers = [f"{100 * found[key]:.1f}" for key in ("acc", "nmi", "ari")]
             table.add_row(split, title, *numbers)
     return table
+
+
+def glyph_table(accuracy: dict[str, dict[str, float]]) -> Table:
+    """ACC of each method on the demo's seen and unseen glyphs, in percent."""
+    table = Table("ACC by glyph", box=None, pad_edge=False)
+    for title in ("seen in training", "unseen"):
+        table.add_column(title, justify="right")
+    for method, found in accuracy.items():
+        numbers = [f"{100 * found[key]:.1f}" for key in ("seen", "unseen")]
+        table.add_row(METHOD_TITLES[method], *numbers)
+    return table
