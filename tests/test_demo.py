@@ -1,0 +1,52 @@
+"""The demo: what ships, and what it finds."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import tac_ray.demo as demo
+from tests.integration.conftest import tac_ray
+
+HERE = Path(demo.__file__).parent
+
+
+def glyphs() -> list[dict[str, str]]:
+    with (HERE / "glyphs.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_is_small_enough_to_ship():
+    pictures = list(demo.IMAGES.glob("*/*.jpg"))
+    assert 1_000 <= len(pictures) <= 2_000
+    assert sum(path.stat().st_size for path in pictures) < 8e6
+    assert sum(path.stat().st_size for path in demo.ENCODER.iterdir()) < 12e6
+
+
+def test_every_picture_shows_a_listed_glyph_in_the_folder_of_its_class():
+    listed = {(row["class"], row["code_point"]) for row in glyphs()}
+    shown = {
+        (path.parent.name, path.name.split("-")[0].upper()) for path in demo.IMAGES.glob("*/*.jpg")
+    }
+    assert shown == listed
+
+
+def test_a_fifth_of_each_class_was_never_seen_by_the_encoder():
+    for name in {row["class"] for row in glyphs()}:
+        seen = [row["seen"] == "true" for row in glyphs() if row["class"] == name]
+        assert seen.count(False) >= 0.2 * len(seen)
+        assert seen.count(True) > 0
+
+
+@pytest.mark.integration
+def test_the_demo_finds_its_classes_and_ends_with_a_page(tmp_path: Path):
+    process = tac_ray("demo", "--out", str(tmp_path / "demo"))
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    page = Path(printed.strip().splitlines()[-1].removeprefix("open "))
+    assert page.name == "index.html"
+    assert page.is_file()
+    rows = [line.split() for line in printed.splitlines() if line.startswith("all  ")]
+    accuracy = [float(row[-3]) for row in rows]
+    assert len(accuracy) == 3  # k-means on embeddings, TAC without training, TAC
+    assert max(accuracy[1:]) > accuracy[0] > 50
