@@ -14,7 +14,7 @@ each character has a few pictures, so a cluster that is right joins many shapes.
 seed, has `seen` false: scripts/train_demo_encoder.py, which imports this file for its own pictures,
 never shows those to the encoder. Training pictures come from other random streams than the demo's.
 
-Takes 10 seconds and 5 MB. The same font file, Pillow and NumPy give the same bytes.
+Takes 5 seconds and 5 MB. The same font file, Pillow and NumPy give the same bytes.
 """
 
 import argparse

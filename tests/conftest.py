@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: tiny encoders, silence and a Ray cluster."""
+"""Fixtures that several folders of tests share: tiny encoders, silence, Ray, a browser."""
 
 import itertools
 import json
@@ -119,3 +119,17 @@ def ray_cluster() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, for tests that carry `needs_chromium`."""
+    from playwright.sync_api import sync_playwright
+
+    from tests.browser import CHROMIUM
+
+    with sync_playwright() as playwright:
+        # Without a sandbox, since containers often forbid it; the page is our own.
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -4,8 +4,11 @@ import csv
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 import tac_ray.demo as demo
+from tac_ray.artifacts.run import Run
+from tests.browser import Watched, look_through, needs_chromium
 from tests.integration.conftest import tac_ray
 
 HERE = Path(demo.__file__).parent
@@ -38,15 +41,29 @@ def test_a_fifth_of_each_class_was_never_seen_by_the_encoder():
         assert seen.count(True) > 0
 
 
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the demo prints."""
+    process = tac_ray("demo", "--out", str(tmp_path_factory.mktemp("demo") / "run"))
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def page(printed: str) -> Path:
+    return Path(printed.strip().splitlines()[-1].removeprefix("open "))
+
+
 @pytest.mark.integration
-def test_the_demo_finds_its_classes_and_ends_with_a_page(tmp_path: Path):
-    process = tac_ray("demo", "--out", str(tmp_path / "demo"))
-    printed, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, printed
-    page = Path(printed.strip().splitlines()[-1].removeprefix("open "))
-    assert page.name == "index.html"
-    assert page.is_file()
+def test_the_demo_finds_its_classes(printed: str):
     rows = [line.split() for line in printed.splitlines() if line.startswith("all  ")]
     accuracy = [float(row[-3]) for row in rows]
     assert len(accuracy) == 3  # k-means on embeddings, TAC without training, TAC
     assert max(accuracy[1:]) > accuracy[0] > 50
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_the_page_of_the_demo_opens(printed: str, browser: Browser):
+    names = Run.load(str(page(printed).parents[1])).names["name"].to_pylist()
+    look_through(Watched(browser.new_page()), page(printed), names)

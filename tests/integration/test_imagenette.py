@@ -4,11 +4,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
 import tac_ray
 from tac_ray.artifacts.run import Run
 from tac_ray.config import EmbedNounsConfig, EncoderConfig
 from tac_ray.encoders.nouns import WordNet
+from tests.browser import Watched, look_through, needs_chromium
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -54,3 +56,10 @@ def test_accuracy_is_that_of_the_published_code(imagenette: Run):
     scores = {method: found["acc"] for method, found in imagenette.scores["all"].items()}
     assert scores["kmeans"] > 0.90
     assert scores["tac"] > 0.95
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_the_page_opens(imagenette: Run, browser: Browser):
+    names = imagenette.names["name"].to_pylist()
+    look_through(Watched(browser.new_page()), Path(imagenette.page) / "index.html", names)

@@ -1,61 +1,21 @@
 """The page in headless Chromium, from disk."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from tac_ray.report.page import write_page
+from tests.browser import Watched, needs_chromium
 from tests.report.conftest import RunFactory, write_pictures
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MARKUP = '"><img src=x onerror=alert(1)>'
 NAMES = ["tench", "English springer", "church", MARKUP]
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)"),
-]
-
-
-class Watched:
-    """A tab that remembers what a page should not do: errors, dialogs, requests elsewhere."""
-
-    def __init__(self, page: Page) -> None:
-        self.page = page
-        self.requests: list[str] = []
-        self.wrong: list[str] = []
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.on("requestfailed", lambda request: self.wrong.append(f"failed {request.url}"))
-        page.on("console", lambda message: self.wrong.append(message.text))
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("dialog", lambda dialog: self.wrong.append(dialog.message))
-
-    def open(self, index: str) -> Page:
-        self.page.goto(Path(index).as_uri())
-        return self.page
-
-    def shown(self) -> list[str]:
-        """Names of the clusters that are shown, in order."""
-        return self.page.locator("article:visible h2").all_inner_texts()
-
-    def close(self, folder: Path) -> None:
-        self.page.close()
-        assert self.wrong == []
-        assert [url for url in self.requests if not url.startswith(folder.as_uri())] == []
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Without a sandbox, since containers often forbid it; the page is our own.
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
+pytestmark = [pytest.mark.browser, needs_chromium]
 
 
 @pytest.fixture
