@@ -32,7 +32,7 @@ class Watched:
 
     def shown(self) -> list[str]:
         """Names of the clusters that are shown, in order."""
-        return self.page.locator("article:visible h2").all_inner_texts()
+        return self.page.locator("article:visible h2").all_text_contents()
 
     def close(self, folder: Path) -> None:
         """Close the tab and complain about what it remembers."""
@@ -45,7 +45,7 @@ def look_through(watched: Watched, index: Path, names: list[str]) -> None:
     """What a person does first with a page whose clusters have these names."""
     page = watched.open(str(index))
     assert sorted(watched.shown()) == sorted(names)
-    sizes = page.locator("article .size").all_inner_texts()
+    sizes = page.locator("article .size").all_text_contents()
     assert [int(size.replace(",", "")) for size in sizes] == sorted(
         (int(size.replace(",", "")) for size in sizes), reverse=True
     )

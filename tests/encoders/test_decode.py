@@ -196,7 +196,7 @@ def test_one_pixel(kind):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_truncated_files_are_refused_with_a_reason(kind, kept):
     data = encoded(Image.fromarray(noise(40, 40)), kind)
-    with pytest.raises(ValueError, match=r"\w+: .+"):
+    with pytest.raises(ValueError, match=r"\w+: .+|not an image"):
         pixels(data[: int(len(data) * kept)])
 
 
@@ -204,8 +204,8 @@ def test_truncated_files_are_refused_with_a_reason(kind, kept):
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"\0" * 100, "cannot identify"),
-        (b"<html>404 Not Found</html>", "cannot identify"),
+        (b"\0" * 100, "not an image"),
+        (b"<html>404 Not Found</html>", "not an image"),
         (b"\xff\xd8\xff\xe0 not a photograph", "OSError"),
         (png(4, 4), "OSError"),
         (png(4, 4, (b"IDAT", b"no stream")), "OSError"),
