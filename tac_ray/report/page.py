@@ -43,12 +43,17 @@ def write_page(run: Run, to: str | None = None) -> str:
         Path of index.html.
 
     Raises:
-        FileNotFoundError: the run is not finished, or its artifacts are gone.
+        FileNotFoundError: the run is not finished or has no pictures, or its artifacts are gone.
 
     Cost: copies a sheet of about 40 kB a cluster; memory about 3 kB a cluster.
     """
     if not run.finished:
         raise FileNotFoundError(f"the run at {run.out} is not finished; run it again to its end")
+    if "report" not in run.artifacts:
+        raise FileNotFoundError(
+            f"the run at {run.out} has no pictures, as an earlier version left it; give its "
+            "`tac-ray run` again"
+        )
     sheets = run.artifact("report").folder
     page = Folder(to or run.page)
     names = [sheet_name(cluster) for cluster in range(run.names.num_rows)]

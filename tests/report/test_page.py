@@ -1,8 +1,10 @@
 """The page as a document; tests/report/test_browser.py opens it."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +99,20 @@ def test_the_matrix_gives_way_to_a_list_when_it_is_large(
     html = render_page(run)
     assert "Confusion matrix" not in html
     assert "Largest confusions" in html
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"finished": False}, "not finished"), ({"artifacts": {}}, "has no pictures")],
+)
+def test_a_run_without_its_end_has_no_page(
+    make_run: RunFactory, tmp_path: Path, change: dict[str, Any], reason: str
+):
+    uris = write_pictures(tmp_path / "images", ["a.jpg", "b.jpg"])
+    run = dataclasses.replace(make_run(uris, ["x", "y"]), **change)
+    with pytest.raises(FileNotFoundError, match=reason):
+        write_page(run)
+    assert not (tmp_path / "run" / "page").exists()
 
 
 def test_the_page_goes_where_it_is_wanted(make_run: RunFactory, tmp_path: Path):
