@@ -122,7 +122,7 @@ class Encoder:
             batch = F.pad(batch, (0, 0, 0, batch_size - len(rows))).to(self.device)
             with self._autocast():
                 embedding = (
-                    _short_text_forward(tower, batch)
+                    short_text_forward(tower, batch)
                     if batch.shape[1] < tokens.shape[1]
                     else self._model.encode_text(batch)
                 )
@@ -250,8 +250,16 @@ def _text_lengths(tower: Any, tokens: Tensor) -> Tensor:
     return tokens.argmax(dim=1) + 1
 
 
-def _short_text_forward(tower: Any, tokens: Tensor) -> Tensor:
-    """The text tower on fewer positions than its context: positions and mask are sliced."""
+def short_text_forward(tower: Any, tokens: Tensor) -> Tensor:
+    """The text tower on fewer positions than its context: positions and mask are sliced.
+
+    Args:
+        tower: a causal text tower of open_clip that reads the end-of-text position.
+        tokens: texts of one length, padded after their end-of-text token, (n, length).
+
+    Returns:
+        Embeddings as the tower gives them, not normalized, (n, d).
+    """
     length = tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
