@@ -45,7 +45,7 @@ class EncoderConfig:
     pretrained: str | None = "openai"
     """open_clip tag or path of the weights; not used with `local-dir:` and `hf-hub:`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of both towers; auto is fp16 on CUDA and fp32 on CPU."""
+    """Arithmetic of both towers; auto is fp16 on CUDA, on CPU bf16 if it computes in it."""
     resize: int | None = None
     """Resize the short side to this before the crop; default is the encoder's own size."""
 
@@ -62,12 +62,10 @@ class EmbedImagesConfig:
     n_encoders: int | None = _unhashed(None)
     """Encoder actors; default is one per GPU, or one on CPU."""
     max_failures: float = _unhashed(0.5)
-    """Stop when more than this share of the images cannot be read."""
+    """Stop when more images than this cannot be read: a share of them below 1, a count from 1."""
 
     def __post_init__(self) -> None:
-        _at_least(self, part_rows=1, image_batch_size=1, n_encoders=1)
-        if not 0 <= self.max_failures <= 1:
-            raise ValueError(f"max_failures={self.max_failures} should be a share from 0 to 1")
+        _at_least(self, part_rows=1, image_batch_size=1, n_encoders=1, max_failures=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +223,8 @@ class TacConfig:
     """A whole run, from a folder or bucket of images to the table of named clusters."""
 
     images: str
-    """Folder or s3:// prefix of images. A tree with one folder a class is scored."""
+    """Folder or s3:// prefix of images (a tree with one folder a class is scored), of tar shards,
+    of Parquet tables of uris, image bytes or embeddings; or one such file, or a .txt of uris."""
     n_clusters: int
     """K, how many clusters to find."""
     out: str
@@ -235,7 +234,8 @@ class TacConfig:
     val_images: str | None = None
     """More images to assign without training on them, and to score if labeled."""
     labels: Literal["auto", "folder", "none"] = "auto"
-    """Whether the folder an image lies in is its label; auto: if every image lies in one."""
+    """Where labels come from. folder: the first folder below --images. auto: what tars (.cls, .txt)
+    and tables (column label) say, else the folder if every image lies in one."""
     methods: tuple[Method, ...] = ("kmeans", "train-free", "tac")
     """What to run; the last is the answer in `clusters/`, the others lie beside it."""
     seed: int = 0

@@ -33,7 +33,7 @@ from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.evaluate import evaluate, read_scores
 from tac_ray.stages.find_centroids import find_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
-from tac_ray.stages.list_images import list_images
+from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.train_heads import check_batch, train_heads
@@ -67,12 +67,15 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
     steps = _Steps(config, progress or ConsoleProgress())
     store = steps.store
 
-    listing = list_images(store, config.images, labels=config.labels)
-    _check_sizes(config, listing.n_rows)
-    if config.val_images:
-        list_images(store, config.val_images, labels=config.labels)
+    for place in (config.images, config.val_images):
+        if place is not None:
+            check_place(place)
     noun_list = load_nouns(config.embed_nouns.nouns, config.embed_nouns.noun_form)
     with _ray_session(config.verbose):
+        listing = list_images(store, config.images, labels=config.labels)
+        _check_sizes(config, listing.n_rows)
+        if config.val_images:
+            list_images(store, config.val_images, labels=config.labels)
         spec = _encoder_spec(config)
         encoder = spec.load()
         plan = make_plan(

@@ -11,7 +11,7 @@ import tac_ray
 PACKAGE = Path(tac_ray.__file__).parent
 
 GROUND = {"algorithm"}
-BELOW_STAGES = {"algorithm", "artifacts", "encoders", "index"}
+BELOW_STAGES = {"algorithm", "artifacts", "encoders", "index", "sources"}
 BELOW_PIPELINE = BELOW_STAGES | {"config", "stages", "report", "demo", "plan", "progress"}
 FLOORS: dict[str, set[str]] = {
     "algorithm": set(),
@@ -19,6 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "artifacts": GROUND,
     "encoders": GROUND,
     "index": GROUND | {"artifacts"},
+    "sources": GROUND | {"artifacts"},
     "stages": BELOW_STAGES | {"config"},
     "report": BELOW_STAGES | {"config", "stages"},
     "demo": BELOW_STAGES | {"config", "stages"},

@@ -11,6 +11,7 @@ IMAGES = pa.schema(
         ("image_id", pa.int64()),
         ("uri", pa.string()),
         ("member", pa.string()),
+        ("offset", pa.int64()),
         ("size", pa.int64()),
         ("etag", pa.string()),
         ("label", pa.string()),

@@ -1,12 +1,14 @@
 """A folder on a local path or on `s3://`, through fsspec."""
 
 import io
+import os
 import posixpath
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import numpy as np
@@ -14,6 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
+
+_S3_CLIENT: dict[str, Any] = {
+    # Not "adaptive", which slows all calls down after each throttled one.
+    "retries": {"max_attempts": 10, "mode": "standard"},
+    "max_pool_connections": 64,
+    "connect_timeout": 10,
+    "read_timeout": 60,
+}
 
 
 def is_local(path: str) -> bool:
@@ -23,24 +33,35 @@ def is_local(path: str) -> bool:
 
 def absolute(path: str) -> str:
     """Local paths made absolute, urls without a trailing slash."""
+    if path.startswith("file://"):
+        path = os.fsdecode(unquote_to_bytes(path.removeprefix("file://")))
     if is_local(path):
-        return str(Path(path.removeprefix("file://")).expanduser().resolve())
+        return str(Path(path).expanduser().resolve())
     return path.rstrip("/")
+
+
+def local_uri(path: str) -> str:
+    """A local path as text that can be stored: itself, or percent-encoded if not valid UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"file://{quote(os.fsencode(path))}"
+    return path
 
 
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of `path`, without listing cache, and the path inside it.
 
     S3 takes endpoint, region, credentials and profile from the standard AWS variables, and tries
-    again on throttling and 5xx.
+    again on throttling, 5xx and broken connections.
     """
     if is_local(path):
         return fsspec.filesystem("file"), absolute(path)
-    options: dict[str, Any] = {}
     if path.startswith("s3://"):
-        retries = {"max_attempts": 10, "mode": "adaptive"}
-        options = {"use_listings_cache": False, "config_kwargs": {"retries": retries}}
-    fs, inner = fsspec.url_to_fs(path, **options)
+        # Not by url_to_fs, which takes "::" in a key for a chain of filesystems.
+        fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=_S3_CLIENT)
+        return fs, path.removeprefix("s3://")
+    fs, inner = fsspec.url_to_fs(path)
     return fs, str(inner)
 
 

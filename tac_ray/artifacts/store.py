@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -89,9 +89,10 @@ class Store:
         *,
         version: int,
         options: Any,
-        inputs: Iterable[Artifact | str],
+        inputs: Sequence[Artifact | str],
         write: Callable[[ArtifactWriter], None],
         title: str | None = None,
+        begun: float | None = None,
     ) -> Artifact:
         """The artifact of a stage: the one that exists, else a new one.
 
@@ -105,21 +106,16 @@ class Store:
                 was killed has left nothing that counts; it finds its unfinished files and may use
                 them.
             title: what people see of a stage that runs more than once; default its name.
+            begun: `time.perf_counter()` of when its work began, if that was before this call.
         """
-        kept = result_options(options)
-        prints = [i if isinstance(i, str) else i.fingerprint for i in inputs]
-        fingerprint = hash_of(
-            {"stage": stage, "version": version, "options": kept, "inputs": prints}
-        )
-        folder = Folder(Folder(self.path).join(f"{stage}-{fingerprint[:8]}"))
+        done = self.reuse(stage, version=version, options=options, inputs=inputs, title=title)
+        if done is not None:
+            return done
+        kept, prints, fingerprint = _identity(stage, version, options, inputs)
+        folder = self._folder(stage, fingerprint)
         if folder.exists(MANIFEST):
-            artifact = Artifact.load(folder.path)
-            if artifact.fingerprint == fingerprint:
-                artifact = replace(artifact, reused=True)
-                self.progress.finish(title or stage, artifact)
-                return artifact
             folder.remove()  # another artifact with the same first eight digits
-        start = time.perf_counter()
+        start = time.perf_counter() if begun is None else begun
         writer = ArtifactWriter(folder, self.progress, title or stage)
         write(writer)
         writer.note_memory(resident_gb())
@@ -141,6 +137,30 @@ class Store:
         self.progress.finish(title or stage, artifact)
         return artifact
 
+    def reuse(
+        self,
+        stage: str,
+        *,
+        version: int,
+        options: Any,
+        inputs: Sequence[Artifact | str],
+        title: str | None = None,
+    ) -> Artifact | None:
+        """The artifact that `run_stage` would find with these arguments, None if it would write."""
+        fingerprint = _identity(stage, version, options, inputs)[2]
+        folder = self._folder(stage, fingerprint)
+        if not folder.exists(MANIFEST):
+            return None
+        artifact = Artifact.load(folder.path)
+        if artifact.fingerprint != fingerprint:
+            return None
+        artifact = replace(artifact, reused=True)
+        self.progress.finish(title or stage, artifact)
+        return artifact
+
+    def _folder(self, stage: str, fingerprint: str) -> Folder:
+        return Folder(Folder(self.path).join(f"{stage}-{fingerprint[:8]}"))
+
 
 def result_options(options: Any) -> dict[str, Any]:
     """The options that change a result, as a dict that JSON can hold; dataclasses may nest."""
@@ -152,6 +172,16 @@ def result_options(options: Any) -> dict[str, Any]:
         if spec.metadata.get("changes_result", True)
         for value in [getattr(options, spec.name)]
     }
+
+
+def _identity(
+    stage: str, version: int, options: Any, inputs: Sequence[Artifact | str]
+) -> tuple[dict[str, Any], list[str], str]:
+    """Options that count, fingerprints of the inputs, and the fingerprint of it all."""
+    kept = result_options(options)
+    prints = [i if isinstance(i, str) else i.fingerprint for i in inputs]
+    question = {"stage": stage, "version": version, "options": kept, "inputs": prints}
+    return kept, prints, hash_of(question)
 
 
 def hash_of(value: Any) -> str:

@@ -1,36 +1,47 @@
 """Images to sealed parts of embeddings, streamed through Ray Data.
 
-listing -> read and decode on CPU -> encode on an actor pool -> staged files -> sealed parts.
-Ray Data hands batches on in any order; sealing sorts rows by `image_id` and cuts equal parts, so
-the artifact does not depend on how many workers ran.
+listing -> what the store lacks -> read and decode on CPU -> encode on actors -> store -> sealed
+parts. Ray Data hands batches on in any order; sealing puts them into the order of the listing and
+cuts equal parts, so the artifact depends neither on how many workers ran nor on which run embedded
+what.
 """
 
 import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
 from numpy.typing import NDArray
+from ray import ObjectRef
 from ray.data import ActorPoolStrategy
 
+from tac_ray.artifacts.embeddings import (
+    IDENTITY,
+    KEY_BYTES,
+    EmbeddingStore,
+    Index,
+    image_keys,
+)
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
-from tac_ray.artifacts.schemas import FAILURES, matrix, matrix_column
+from tac_ray.artifacts.schemas import FAILURES, matrix_column
 from tac_ray.artifacts.storage import Folder, filesystem, table_bytes
-from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, resident_gb
 from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import Crop, decode_image
+from tac_ray.sources.reading import READS_IN_FLIGHT, WHERE, read_images
 from tac_ray.stages.parts import map_parts
 
 BATCH_ROWS = 256
 """Images a Ray Data block: 40 MB of pixels at 224 x 224."""
-READS_IN_FLIGHT = 8
+DECODE_CPUS = 0.5
+FEW = 1000
+"""Stop when none of so many images could be read."""
 
 
 def embed_images(
@@ -40,55 +51,58 @@ def embed_images(
     encoder: Encoder,
     images: Artifact,
 ) -> Artifact:
-    """Embed every image of a listing.
+    """Embed every image of a listing that the store does not hold yet, and seal the listing's rows.
 
     Args:
-        store: where artifacts lie.
-        config: part size, batch size, workers.
+        store: where artifacts and embeddings lie.
+        config: part size, batch size, workers, how many failures to bear.
         spec: what the actors load.
         encoder: the same, loaded in the driver for its fingerprint and its crop.
         images: artifact of list_images.
 
     Returns:
         `image_id` int64 and `embedding` float16 of unit norm, sorted by `image_id`; images that
-        cannot be read are in `failures.parquet`.
+        cannot be read are in `failures.parquet`, and are tried again by the next run. Facts: what
+        was new, reused and failed, and how fast each step was.
 
     Raises:
         ValueError: no image can be read, or more than `max_failures` of them cannot.
 
-    Cost: one forward pass an image. Peak memory a worker: the model and about four blocks of
-    BATCH_ROWS images; the driver holds 9 bytes an image.
+    Cost: one forward pass a new image; sealing reads the listing's embeddings once. Peak memory a
+    worker: the model and about four blocks of BATCH_ROWS images, 64 MB of files on their way; the
+    store's index is 24 bytes an embedding in Ray's object store; the driver holds failures alone.
     """
+    asked: dict[str, Any] = {"version": 2, "options": config}
+    inputs = [images, encoder.image_fingerprint]
+    # All failures are tried again, so only an artifact without any is known to be what comes out.
+    complete = store.reuse("embed_images", inputs=inputs, **asked)
+    if complete is not None:
+        return complete
+    begun = time.perf_counter()
+    embeddings = EmbeddingStore.of(store.path, encoder.image_fingerprint)
+    index = _index(embeddings, embeddings.names(), ray.put(Index.empty()))
+    n_lacking = images.n_rows - sum(_count_stored(images, index))
+    store.progress.start("embed_images", n_lacking, "images")
+    filled = _Filled()
+    if n_lacking:
+        _fill(filled, store.progress, config, spec, encoder, images, embeddings, index)
+        index = _index(embeddings, filled.names, index)
+    failures = filled.failures()
+    _check_failures(filled.failed, images.n_rows, images.n_rows, config.max_failures)
 
     def write(writer: ArtifactWriter) -> None:
-        writer.start(images.n_rows, "images")
-        staging = Folder(writer.folder.join("staging"))
-        staging.remove()
-        found = _stream(writer, config, spec, encoder.crop, encoder.image_size, images, staging)
-        failures = pa.concat_tables(
-            [FAILURES.empty_table(), *[_failures(staging, name) for name, ids, ok in found]]
-        ).sort_by("image_id")
-        n_failed = failures.num_rows
-        if n_failed > config.max_failures * images.n_rows or n_failed == images.n_rows:
-            first = failures.slice(0, 1).to_pylist()[0]
-            raise ValueError(
-                f"{n_failed} of {images.n_rows} images could not be read, more than "
-                f"--max-failures {config.max_failures} allows; the first: {first['uri']}: "
-                f"{first['error']}"
-            )
-        writer.parts += _seal(writer.folder, staging, found, config.part_rows)
-        writer.add_file("failures.parquet", table_bytes(failures), n_failed)
-        writer.facts["n_failed"] = n_failed
+        writer.parts += _seal(writer.folder, config.part_rows, images, embeddings, index)
+        writer.add_file("failures.parquet", table_bytes(failures), failures.num_rows)
         writer.facts["precision"] = spec.precision
-        staging.remove()
+        writer.facts["n_new"] = n_lacking - failures.num_rows
+        writer.facts["n_reused"] = images.n_rows - n_lacking
+        writer.facts["n_failed"] = failures.num_rows
+        writer.facts |= filled.speed(begun)
+        writer.note_memory(filled.memory_gb)
 
-    return store.run_stage(
-        "embed_images",
-        version=1,
-        options=config,
-        inputs=[images, encoder.image_fingerprint],
-        write=write,
-    )
+    if failures.num_rows:
+        inputs.append(hash_of(failures["image_id"].to_pylist()))
+    return store.run_stage("embed_images", inputs=inputs, write=write, begun=begun, **asked)
 
 
 class LoadPixels:
@@ -96,166 +110,292 @@ class LoadPixels:
 
     def __init__(self, crop: Crop, size: tuple[int, int]) -> None:
         self._crop = crop
-        self._blank = np.zeros((*size, 3), dtype=np.uint8)
+        self._shape = (*size, 3)
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Add `pixels`, `step` and `error` (empty strings where all went well)."""
-        start = time.perf_counter()
-        with ThreadPoolExecutor(READS_IN_FLIGHT) as readers:
-            loaded = list(readers.map(self._load, batch["uri"]))
-        seconds = np.full(len(loaded), (time.perf_counter() - start) / max(1, len(loaded)))
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        """`image_id`, `key` and `uri` of the batch with pixels, and what each image took."""
+        n = batch.num_rows
+        pixels = np.zeros((n, *self._shape), dtype=np.uint8)
+        step, error = [""] * n, [""] * n
+        read_s, decode_s = np.zeros(n), np.zeros(n)
+        for row, data, failed, seconds in read_images(batch):
+            read_s[row] = seconds
+            if data is None:
+                step[row], error[row] = "download", failed
+                continue
+            start = time.perf_counter()
+            try:
+                pixels[row] = decode_image(data, self._crop)
+            except ValueError as reason:
+                step[row], error[row] = "decode", str(reason)
+            decode_s[row] = time.perf_counter() - start
         return {
-            "image_id": batch["image_id"],
-            "uri": batch["uri"],
-            "pixels": np.stack([pixels for pixels, _, _ in loaded]),
-            "step": np.array([step for _, step, _ in loaded]),
-            "error": np.array([error for _, _, error in loaded]),
-            "seconds": seconds,
+            "image_id": batch["image_id"].to_numpy(),
+            # As bytes in rows, since strings of bytes lose the zeros they end with on the way.
+            "key": image_keys(batch).view(np.uint8).reshape(n, KEY_BYTES),
+            "uri": batch["uri"].to_pylist(),
+            "pixels": pixels,
+            "step": step,
+            "error": error,
+            "read_s": read_s,
+            "decode_s": decode_s,
         }
-
-    def _load(self, uri: str) -> tuple[NDArray[np.uint8], str, str]:
-        try:
-            fs, path = filesystem(uri)
-            data: bytes = fs.cat_file(path)  # type: ignore[assignment]
-        except OSError as error:
-            # Without the path, which `uri` says: equal reasons read the same.
-            reason = f"{type(error).__name__}: {error.strerror or error}"
-            return self._blank, "download", reason
-        try:
-            return decode_image(data, self._crop), "", ""
-        except ValueError as error:
-            return self._blank, "decode", str(error)
 
 
 class EncodePixels:
-    """One encoder on one device; writes what it embeds and reports what it wrote."""
+    """One encoder on one device; adds what it embeds to the store and reports it."""
 
     def __init__(
-        self, spec: EncoderSpec, batch_size: int | None, n_threads: int, staging: Folder
+        self,
+        spec: EncoderSpec,
+        batch_size: int | None,
+        n_threads: int,
+        embeddings: EmbeddingStore,
     ) -> None:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(n_threads)
         self._encoder = spec.load("cuda" if on_gpu else "cpu")
         self._batch_size = batch_size or (256 if on_gpu else 16)
-        self._staging = staging
+        self._embeddings = embeddings
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        """Stage the embeddings of a batch; one row of report."""
-        start = time.perf_counter()
-        ok = np.array([not error for error in batch["error"]], dtype=bool)
-        embedding = np.zeros((len(ok), 0), dtype=np.float16)
-        if ok.any():
-            good = self._encoder.encode_images(batch["pixels"][ok], batch_size=self._batch_size)
-            embedding = np.zeros((len(ok), good.shape[1]), dtype=np.float16)
-            embedding[ok] = good.astype(np.float16)
-        name = f"{uuid.uuid4().hex}.parquet"
-        table = pa.table(
-            {
-                "image_id": batch["image_id"],
-                "uri": pa.array(list(batch["uri"]), pa.string()),
-                "step": pa.array(list(batch["step"]), pa.string()),
-                "error": pa.array(list(batch["error"]), pa.string()),
-            }
-        )
-        if ok.any():
-            table = table.append_column("embedding", matrix_column(embedding))
-        self._staging.write(name, table_bytes(table, plain=True))
+        """Store the embeddings of a batch; one row of report."""
+        began = time.time()
+        good = np.array([not error for error in batch["error"]], dtype=bool)
+        name = ""
+        if good.any():
+            embedding = self._encoder.encode_images(
+                batch["pixels"][good], batch_size=self._batch_size
+            )
+            keys = np.ascontiguousarray(batch["key"][good]).view(f"S{KEY_BYTES}")[:, 0]
+            name = self._embeddings.append(keys, embedding.astype(np.float16))
+        failed = pa.table({name: batch[name][~good] for name in FAILURES.names})
         return {
             "name": [name],
-            "image_id": [batch["image_id"].tolist()],
-            "ok": [ok.tolist()],
-            "decode_s": [float(batch["seconds"].sum())],
-            "encode_s": [time.perf_counter() - start],
+            "rows": [len(good)],
+            "failed": [failed.cast(FAILURES).to_pylist()],
+            "read_s": [float(batch["read_s"].sum())],
+            "decode_s": [float(batch["decode_s"].sum())],
+            "began": [began],
+            "ended": [time.time()],
             "memory_gb": [resident_gb()],
         }
 
 
-Staged = tuple[str, NDArray[np.int64], NDArray[np.bool_]]
+@dataclass
+class _Filled:
+    """What the stream reported."""
+
+    names: list[str] = field(default_factory=list)
+    """Files it added to the store."""
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    n_seen: int = 0
+    memory_gb: float = 0.0
+    batches: list[tuple[float, float, int]] = field(default_factory=list)
+    """When encoding of a batch began and ended, and its images."""
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    workers: "_Workers | None" = None
+
+    def add(self, report: dict[str, Any]) -> None:
+        """Take in the report of a batch."""
+        if report["name"]:
+            self.names.append(report["name"])
+        self.failed += report["failed"]
+        self.n_seen += report["rows"]
+        self.memory_gb = max(self.memory_gb, report["memory_gb"])
+        self.batches.append((report["began"], report["ended"], report["rows"]))
+        self.read_s += report["read_s"]
+        self.decode_s += report["decode_s"]
+
+    def failures(self) -> pa.Table:
+        """The images that failed, sorted."""
+        return pa.Table.from_pylist(self.failed, FAILURES).sort_by("image_id")
+
+    def speed(self, begun: float) -> dict[str, Any]:
+        """Images/s from the first batch to the last, and what each step alone could do."""
+        if self.workers is None or not self.batches:
+            return {}
+        began, ended, rows = zip(*sorted(self.batches, key=lambda batch: batch[1]), strict=True)
+        started = time.time() - time.perf_counter() + begun
+        whole, n = ended[-1] - ended[0], self.n_seen - rows[0]
+        if not n:
+            whole, n = ended[0] - began[0], rows[0]
+        encode_s = sum(ended) - sum(began)
+        able = {
+            "download": READS_IN_FLIGHT * self.workers.n_decoders / max(self.read_s, 1e-9),
+            "decode": self.workers.n_decoders / max(self.decode_s, 1e-9),
+            "encode": self.workers.n_encoders / encode_s,
+        }
+        rates = {f"{step}_per_s": round(rate * self.n_seen, 1) for step, rate in able.items()}
+        return {
+            "startup_s": round(min(began) - started, 1),
+            "images_per_s": round(n / whole, 1),
+            **rates,
+            "bottleneck": min(able, key=lambda step: able[step]),
+        }
 
 
-def _stream(
-    writer: ArtifactWriter,
+@dataclass(frozen=True)
+class _Workers:
+    """How many of each the cluster has room for."""
+
+    n_encoders: int
+    n_threads: int
+    encoder_cpus: float
+    encoder_gpus: int
+    n_decoders: int
+    grows: bool
+    """Whether more encoders start when the cluster grows."""
+
+    @classmethod
+    def of_cluster(cls, n_encoders: int | None) -> "_Workers":
+        """One encoder a GPU, or a node without GPUs; decoders on the cores that are left."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
+        n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+        n = n_encoders or n_gpus or len(cpus)
+        # On CPU an encoder reserves half the cores of a node, so that decoding is not starved,
+        # and uses all.
+        n_threads = max(1, int(min(cpus) * len(cpus) / n))
+        reserved = 1.0 if n_gpus else n_threads / 2
+        reserved = reserved if reserved <= 1 else float(int(reserved))
+        n_decoders = max(1, int((sum(cpus) - n * reserved) / DECODE_CPUS))
+        grows = bool(n_gpus) and n_encoders is None
+        return cls(n, n_threads, reserved, min(n_gpus, 1), n_decoders, grows)
+
+    @property
+    def pool(self) -> ActorPoolStrategy:
+        """The encoders, all of them from the start: Ray adds actors late, if at all."""
+        if self.grows:
+            return ActorPoolStrategy(min_size=self.n_encoders, max_size=None)
+        return ActorPoolStrategy(size=self.n_encoders)
+
+
+def _fill(
+    filled: _Filled,
+    progress: Progress,
     config: EmbedImagesConfig,
     spec: EncoderSpec,
-    crop: Crop,
-    size: tuple[int, int],
+    encoder: Encoder,
     images: Artifact,
-    staging: Folder,
-) -> list[Staged]:
-    """Run the stream and say what was staged: file, image ids, which of them are good."""
-    resources = ray.cluster_resources()
-    n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    n_encoders = config.n_encoders or max(1, n_gpus)
-    # On CPU an encoder reserves half the cores, so that decoding is not starved, and uses all.
-    encoder_cpus = 1 if n_gpus else n_cpus / n_encoders / 2
+    embeddings: EmbeddingStore,
+    index: ObjectRef[Index],
+) -> None:
+    """Embed what the store lacks."""
+    workers = filled.workers = _Workers.of_cluster(config.n_encoders)
     fs, _ = filesystem(images.folder.path)
     paths = [filesystem(images.folder.join(p.name))[1] for p in images.manifest.parts]
     reports = (
-        ray.data.read_parquet(paths, filesystem=fs, columns=["image_id", "uri"])
+        ray.data.read_parquet(paths, filesystem=fs, columns=["image_id", *WHERE])
+        .map_batches(_lacking, fn_kwargs={"index": [index]}, batch_format="pyarrow")  # type: ignore[arg-type]
         .repartition(target_num_rows_per_block=BATCH_ROWS)
-        .map_batches(LoadPixels(crop, size), batch_size=BATCH_ROWS, num_cpus=0.5)  # type: ignore[arg-type]
+        .map_batches(
+            LoadPixels(encoder.crop, encoder.image_size),  # type: ignore[arg-type]
+            batch_size=BATCH_ROWS,
+            batch_format="pyarrow",
+            num_cpus=DECODE_CPUS,
+        )
         .map_batches(
             EncodePixels,  # type: ignore[arg-type]
-            fn_constructor_args=(spec, config.image_batch_size, n_cpus, staging),
+            fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
             batch_size=BATCH_ROWS,
-            compute=ActorPoolStrategy(size=n_encoders),
-            num_cpus=encoder_cpus,
-            num_gpus=1 if n_gpus else None,
+            compute=workers.pool,
+            num_cpus=workers.encoder_cpus,
+            num_gpus=workers.encoder_gpus or None,
         )
     )
-    found: list[Staged] = []
-    decode_s = encode_s = 0.0
-    start, n_failed = time.perf_counter(), 0
     for report in reports.iter_rows():
-        ids = np.array(report["image_id"], dtype=np.int64)
-        ok = np.array(report["ok"], dtype=bool)
-        found.append((report["name"], ids, ok))
-        decode_s += report["decode_s"]
-        encode_s += report["encode_s"]
-        writer.note_memory(report["memory_gb"])
-        n_failed += int((~ok).sum())
-        writer.progress.advance(len(ids), f"{n_failed} failed" if n_failed else "")
-    n = images.n_rows
-    writer.facts["images_per_s"] = round(n / (time.perf_counter() - start), 1)
-    writer.facts["decode_images_per_s_per_task"] = round(n / decode_s, 1)
-    writer.facts["encode_images_per_s_per_actor"] = round(n / encode_s, 1)
-    return found
+        filled.add(report)
+        n_failed = len(filled.failed)
+        progress.advance(report["rows"], f"{n_failed} failed" if n_failed else "")
+        _check_failures(filled.failed, filled.n_seen, images.n_rows, config.max_failures)
 
 
-def _failures(staging: Folder, name: str) -> pa.Table:
-    table = staging.read_table(name, FAILURES.names)
-    return table.filter(pc.field("error") != "").cast(FAILURES)
+def _check_failures(
+    failed: list[dict[str, Any]], n_seen: int, n_images: int, allowed: float
+) -> None:
+    """Stop a run whose input is plainly wrong.
+
+    Raises:
+        ValueError: more failures than allowed, or nothing but failures.
+    """
+    n_failed = len(failed)
+    most = allowed if allowed >= 1 else allowed * n_images
+    if n_failed and (n_failed > most or n_failed == n_seen >= min(FEW, n_images)):
+        first = min(failed, key=lambda failure: failure["image_id"])
+        raise ValueError(
+            f"{n_failed} of {n_seen} images could not be read and --max-failures "
+            f"{allowed:g} allows {int(most)} of {n_images}; the first: {first['uri']}: "
+            f"{first['error']}"
+        )
 
 
-def _seal(folder: Folder, staging: Folder, found: list[Staged], part_rows: int) -> list[Part]:
-    """Cut the good rows, sorted by image_id, into equal parts; one task a part."""
-    ids = np.concatenate([ids[ok] for _, ids, ok in found])
-    file = np.concatenate([np.full(ok.sum(), i) for i, (_, _, ok) in enumerate(found)])
-    order = np.argsort(ids, kind="stable")
-    arguments = []
-    for index, start in enumerate(range(0, len(ids), part_rows)):
-        rows = order[start : start + part_rows]
-        names = [found[i][0] for i in np.unique(file[rows])]
-        arguments.append((folder, staging, index, names, ids[rows[0]], ids[rows[-1]]))
-    return list(map_parts(_seal_part, arguments))
+def _index(
+    embeddings: EmbeddingStore, names: list[str], before: ObjectRef[Index]
+) -> ObjectRef[Index]:
+    """The index of a store with more files in it, in the cluster's memory."""
+    return ray.remote(num_cpus=DECODE_CPUS)(Index.extended).remote(before, embeddings, names)
+
+
+def _lacking(listed: pa.Table, index: list[ObjectRef[Index]]) -> pa.Table:
+    """The rows of a listing whose embeddings a store does not hold."""
+    return listed.filter(pa.array(ray.get(index[0]).find(image_keys(listed)) < 0))
+
+
+def _count_stored(images: Artifact, index: ObjectRef[Index]) -> list[int]:
+    """How many images of each part of the listing a store holds."""
+    parts = ((images.folder, part.name, [index]) for part in images.manifest.parts)
+    return list(map_parts(_count_stored_in, parts))
+
+
+def _count_stored_in(listing: Folder, name: str, index: list[ObjectRef[Index]]) -> int:
+    return int((_stored(listing, name, ray.get(index[0]))[1] >= 0).sum())
+
+
+def _stored(
+    listing: Folder, name: str, index: Index
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Image ids of a part of a listing, and where the index has each."""
+    table = listing.read_table(name, ["image_id", *IDENTITY])
+    return table["image_id"].to_numpy(), index.find(image_keys(table))
+
+
+def _seal(
+    folder: Folder,
+    part_rows: int,
+    images: Artifact,
+    embeddings: EmbeddingStore,
+    index: ObjectRef[Index],
+) -> list[Part]:
+    """The stored rows of a listing in its order, in equal parts; one task a part."""
+    names = [part.name for part in images.manifest.parts]
+    ends = np.array(list(accumulate(_count_stored(images, index))))
+    tasks = []
+    for number, start in enumerate(range(0, ends[-1], part_rows)):
+        stop = min(start + part_rows, ends[-1])
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        skip = start - (ends[first - 1] if first else 0)
+        mine = names[first : last + 1]
+        tasks.append((folder, number, images.folder, mine, skip, stop - start, embeddings, [index]))
+    return list(map_parts(_seal_part, tasks))
 
 
 def _seal_part(
-    folder: Folder, staging: Folder, index: int, names: list[str], first: int, last: int
+    folder: Folder,
+    number: int,
+    listing: Folder,
+    names: list[str],
+    skip: int,
+    rows: int,
+    embeddings: EmbeddingStore,
+    index: list[ObjectRef[Index]],
 ) -> Part:
-    tables = []
-    for name in names:
-        table = staging.read_table(name)
-        image_id = pc.field("image_id")
-        mine = (pc.field("error") == "") & (image_id >= first) & (image_id <= last)
-        tables.append(table.filter(mine))
-    table = pa.concat_tables([t.select(["image_id", "embedding"]) for t in tables])
-    order = np.argsort(table["image_id"].to_numpy(), kind="stable")
-    sealed = pa.table(
-        {
-            "image_id": table["image_id"].to_numpy()[order],
-            "embedding": matrix_column(matrix(table["embedding"])[order]),
-        }
-    )
-    return write_part(folder, index, sealed, plain=True)
+    found = ray.get(index[0])
+    ids, positions = zip(*(_stored(listing, name, found) for name in names), strict=True)
+    image_id, position = np.concatenate(ids), np.concatenate(positions)
+    mine = np.flatnonzero(position >= 0)[skip : skip + rows]
+    embedding = embeddings.read(found.places(position[mine]))
+    table = pa.table({"image_id": image_id[mine], "embedding": matrix_column(embedding)})
+    return write_part(folder, number, table, plain=True)

@@ -270,7 +270,7 @@ def _refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 def test_image_of_every_kind_a_viewer_shows(tmp_path: Path):
     # Guards the listing: each suffix it accepts is one that Pillow can open.
-    from tac_ray.stages.list_images import EXTENSIONS
+    from tac_ray.sources.listing import IMAGE_EXTENSIONS
 
     Image.init()
-    assert set(Image.registered_extensions()) >= EXTENSIONS
+    assert set(Image.registered_extensions()) >= IMAGE_EXTENSIONS

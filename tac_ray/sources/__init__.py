@@ -1,0 +1,1 @@
+"""Where images come from: listing folders, buckets, shards and tables, and reading from them."""
