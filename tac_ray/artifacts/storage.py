@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
-_S3_CLIENT: dict[str, Any] = {
+S3_CLIENT: dict[str, Any] = {
     # Not "adaptive", which slows all calls down after each throttled one.
     "retries": {"max_attempts": 10, "mode": "standard"},
     "max_pool_connections": 64,
     "connect_timeout": 10,
     "read_timeout": 60,
 }
+"""Settings of every client of S3."""
 
 
 def is_local(path: str) -> bool:
@@ -59,7 +60,7 @@ def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
         return fsspec.filesystem("file"), absolute(path)
     if path.startswith("s3://"):
         # Not by url_to_fs, which takes "::" in a key for a chain of filesystems.
-        fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=_S3_CLIENT)
+        fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=S3_CLIENT)
         return fs, path.removeprefix("s3://")
     fs, inner = fsspec.url_to_fs(path)
     return fs, str(inner)

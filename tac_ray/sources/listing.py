@@ -17,7 +17,6 @@ from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
-from s3fs import S3FileSystem
 
 from tac_ray.artifacts.storage import Folder, filesystem, is_local, local_uri, table_bytes
 from tac_ray.sources.keys import Bucket, Key, KeyRange
@@ -137,7 +136,7 @@ def list_folder(staging: Folder, root: str) -> Place:
 
 def list_keys(staging: Folder, root: str, keys: KeyRange) -> Place:
     """Images and containers of a range of keys on S3."""
-    bucket = bucket_of(root)
+    bucket = Bucket.at(root)
 
     def read(pages: Iterator[Sequence[Key]]) -> Place:
         found = (
@@ -152,13 +151,6 @@ def list_keys(staging: Folder, root: str, keys: KeyRange) -> Place:
     for run in bucket.consume(keys, read):
         place.add(run)
     return place
-
-
-def bucket_of(root: str) -> Bucket:
-    """Bucket and prefix of an s3:// url."""
-    fs, path = filesystem(root)
-    name, _, prefix = path.partition("/")
-    return Bucket(cast(S3FileSystem, fs), name, f"{prefix}/" if prefix else "")
 
 
 _File = tuple[str, int | None, str | None]

@@ -14,6 +14,7 @@ from tac_ray.artifacts.manifest import Artifact, Part, write_part
 from tac_ray.artifacts.schemas import IMAGES
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of
+from tac_ray.sources.keys import Bucket
 from tac_ray.sources.listing import (
     IMAGE_EXTENSIONS,
     MAX_LABELS,
@@ -24,7 +25,6 @@ from tac_ray.sources.listing import (
     Container,
     Piece,
     Place,
-    bucket_of,
     list_folder,
     list_keys,
     list_rows,
@@ -165,7 +165,7 @@ def _search(staging: Folder, root: str) -> Iterator[Place]:
     if not root.startswith("s3://"):
         return map_parts(list_folder, [(staging, root)])
     n_tasks = min(MOST_LISTERS, int(ray.cluster_resources().get("CPU", 1)))
-    ranges = bucket_of(root).ranges(n_tasks)
+    ranges = Bucket.at(root).ranges(n_tasks)
     return map_parts(list_keys, ((staging, root, keys) for keys in ranges))
 
 
