@@ -33,6 +33,7 @@ from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.evaluate import evaluate, read_scores
 from tac_ray.stages.find_centroids import find_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
+from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.select_nouns import select_nouns
@@ -87,9 +88,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
 
         # The run begins to exist here, so that one refused above can be put right and repeated.
         steps.add("list_images", listing)
-        images = steps.add(
-            "embed_images", embed_images(store, config.embed_images, spec, encoder, listing)
-        )
+        images = steps.add("embed_images", _embed(store, config, spec, encoder, listing))
         _check_sizes(config, images.n_rows)
         nouns = steps.add(
             "embed_nouns",
@@ -315,7 +314,7 @@ def _assign_split(
     config, store = steps.config, steps.store
     listing = list_images(store, images_path, labels=config.labels)
     steps.add(f"{prefix}list_images", listing)
-    images = embed_images(store, config.embed_images, fitted.spec, fitted.encoder, listing)
+    images = _embed(store, config, fitted.spec, fitted.encoder, listing)
     steps.add(f"{prefix}embed_images", images)
     selected = fitted.selected
     counterparts = build_counterparts(store, config.build_counterparts, images, selected)
@@ -335,6 +334,15 @@ def _assign_split(
     for method, assignment in assignments.items():
         steps.add(f"{prefix}assign_clusters:{method}", assignment)
     return listing, assignments
+
+
+def _embed(
+    store: Store, config: TacConfig, spec: EncoderSpec, encoder: Encoder, listing: Artifact
+) -> Artifact:
+    """The embeddings of a listing: computed, or taken from where the listing found them."""
+    if "vectors" in listing.facts:
+        return import_embeddings(store, config.embed_images, encoder, listing)
+    return embed_images(store, config.embed_images, spec, encoder, listing)
 
 
 def _publish(assignment: Artifact, out: str, suffix: str) -> None:

@@ -73,10 +73,21 @@ class ConsoleProgress:
             self._bar.stop()
             self._bar = None
         took = "done before" if artifact.reused else f"{artifact.manifest.seconds:.1f} s"
-        n_failed = artifact.facts.get("n_failed", 0)
-        failed = f", {n_failed:,} failed" if n_failed else ""
-        rows = f"{artifact.n_rows:,} rows{failed}, " if artifact.n_rows else ""
+        facts = artifact.facts
+        counts = "".join(
+            f", {facts[f'n_{what}']:,} {what}"
+            for what in ("new", "reused", "failed")
+            if facts.get(f"n_{what}") and not (artifact.reused and what != "failed")
+        )
+        rows = f"{artifact.n_rows:,} rows{counts}, " if artifact.n_rows else ""
         self.console.print(f"{title}: {rows}{took}")
+        if "bottleneck" in facts and not artifact.reused:
+            self.console.print(
+                f"{title}: {facts['images_per_s']:,} images/s after {facts['startup_s']} s of "
+                f"start-up; alone, download does {facts['download_per_s']:,}/s, decode "
+                f"{facts['decode_per_s']:,}/s, encode {facts['encode_per_s']:,}/s: "
+                f"{facts['bottleneck']} is the bottleneck"
+            )
 
     def say(self, text: str) -> None:
         """Print a line."""
