@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class EncoderSpec:
     pretrained: str | None
     precision: str
     resize: int | None = None
+    compile: bool = False
+    """Compile the image tower with torch.compile: slow to start, for runs of many images."""
 
     def load(self, device: str = "cpu") -> "Encoder":
         """Load the weights (seconds, and the size of the model in memory).
@@ -48,6 +50,12 @@ class Encoder:
         self.spec = spec
         self.device = torch.device(device)
         self._model = _load_model(spec).eval().to(self.device)
+        # One shape of batch a run, so that nothing is gained by code for any shape.
+        self._encode_image = (
+            torch.compile(self._model.encode_image, dynamic=False)
+            if spec.compile
+            else self._model.encode_image
+        )
         self._tokenize = open_clip.get_tokenizer(spec.model)
         preprocess = open_clip.get_model_preprocess_cfg(self._model)
         self.crop = _crop(preprocess, spec.resize)
@@ -60,8 +68,10 @@ class Encoder:
         # one fingerprint, so their nouns are embedded once.
         config: dict[str, Any] = dict(open_clip.get_model_config(spec.model) or {})
         vision, text = config.pop("vision_cfg", None), config.pop("text_cfg", None)
+        # Compiled code rounds otherwise.
+        compiled = ["compile"] if spec.compile else []
         self.image_fingerprint = _hash(
-            [config, vision, preprocess, spec.resize],
+            [config, vision, preprocess, spec.resize, *compiled],
             {n: t for n, t in self._model.state_dict().items() if n.startswith("visual.")},
             spec.precision,
         )
@@ -77,32 +87,45 @@ class Encoder:
 
     @functools.cached_property
     def width(self) -> int:
-        """d, the width of the embeddings."""
-        pixels = np.zeros((1, *self.image_size, 3), dtype=np.uint8)
-        return self.encode_images(pixels, batch_size=1).shape[1]
+        """d, the width of the embeddings, the same for images and texts."""
+        return self.encode_texts([""], batch_size=1).shape[1]
 
     @torch.inference_mode()
-    def encode_images(self, pixels: NDArray[np.uint8], *, batch_size: int) -> NDArray[np.float32]:
+    def encode_images(
+        self, pixels: NDArray[np.uint8] | Tensor, *, batch_size: int
+    ) -> NDArray[np.float32]:
         """Unit-norm embeddings, (n, d).
 
         Every forward pass has exactly `batch_size` images, the last one padded, since the bits of
-        an embedding depend on the shape of its batch.
+        an embedding depend on the shape of its batch. The embeddings stay on the device until the
+        last pass, so that the host waits for the device once.
 
         Args:
-            pixels: cropped images, (n, height, width, 3).
+            pixels: cropped images, (n, height, width, 3) uint8, n >= 1; an array, or a tensor on
+                any device.
             batch_size: images a forward pass.
         """
         out = []
-        for start in range(0, len(pixels), batch_size):
-            batch = torch.from_numpy(pixels[start : start + batch_size].copy())
-            n = len(batch)
-            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - n))
-            batch = batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            scaled = (batch.float() / 255 - self._mean) / self._std
+        for batch in self._batches(pixels, batch_size):
+            scaled = (batch.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
             with self._autocast():
-                embedding = self._model.encode_image(scaled)
-            out.append(F.normalize(embedding[:n].float(), dim=-1).cpu())
-        return torch.cat(out).numpy()
+                embedding = self._encode_image(scaled)
+            out.append(F.normalize(embedding.float(), dim=-1))
+        return torch.cat(out)[: len(pixels)].cpu().numpy()
+
+    def _batches(self, pixels: NDArray[np.uint8] | Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Batches on the device, (batch_size, height, width, 3) uint8, the last one padded."""
+        for start in range(0, len(pixels), batch_size):
+            batch = pixels[start : start + batch_size]
+            if not isinstance(batch, Tensor):
+                # From pinned memory the copy to a GPU runs beside the pass before it.
+                pinned = torch.empty(
+                    batch.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+                )
+                pinned.numpy()[:] = batch
+                batch = pinned
+            batch = batch.to(self.device, non_blocking=True)
+            yield F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int) -> Tensor:
@@ -137,10 +160,16 @@ class Encoder:
 
 
 def resolve_precision(precision: str, *, on_gpu: bool) -> str:
-    """`auto` made definite: fp16 on CUDA, fp32 on CPU. Chosen once a run, not by each node."""
+    """`auto` made definite: fp16 on CUDA; on CPU bf16 where this processor computes in it.
+
+    Elsewhere fp32, since bf16 is emulated there, slowly. Chosen once a run, not by each node.
+    """
     if precision != "auto":
         return precision
-    return "fp16" if on_gpu else "fp32"
+    if on_gpu:
+        return "fp16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
 def _load_model(spec: EncoderSpec) -> Any:
@@ -158,8 +187,14 @@ def _load_model(spec: EncoderSpec) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # Weights of the large layers are held in the precision: autocast alone would convert
+            # them in every pass, which on CPU takes longer than bf16 saves.
             return open_clip.create_model(
-                spec.model, pretrained=pretrained, require_pretrained=True, weights_only=True
+                spec.model,
+                pretrained=pretrained,
+                precision=spec.precision,
+                require_pretrained=True,
+                weights_only=True,
             )
     except (RuntimeError, AssertionError) as error:
         # open_clip asserts the width of positions, and torch lists the tensors that do not fit.

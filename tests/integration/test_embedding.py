@@ -1,0 +1,219 @@
+"""Embedding a bucket over a bad network, killed and resumed, and its memory as it grows."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image
+
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import matrix
+from tac_ray.encoders.clip import Encoder, EncoderSpec
+from tac_ray.encoders.decode import decode_image
+from tac_ray.stages.embed_images import BATCH_ROWS
+
+pytestmark = pytest.mark.integration
+
+TESTS = Path(__file__).parents[1]
+BUCKET = "photos"
+
+
+def picture(seed: int) -> bytes:
+    """A PNG that no other seed gives."""
+    rng = np.random.default_rng(seed)
+    colors = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    from io import BytesIO
+
+    buffer = BytesIO()
+    colors.resize((40, 32)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def script(name: str, *arguments: str) -> Iterator[str]:
+    """A server of tests/ in a process of its own; its URL."""
+    process = subprocess.Popen(
+        [sys.executable, str(TESTS / name), *arguments], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def aws(url: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def start(place: str, store: str, encoder: Path, counts: Path, **environment: str):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.embed_job", place, store]
+        + [f"local-dir:{encoder}", str(counts)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=TESTS.parent,
+        env={**os.environ, **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 400) -> list[str]:
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, output
+    return output.splitlines()
+
+
+def kill_at(process: subprocess.Popen[str], n: int) -> None:
+    """Kill the job once it has told of `n` images."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("done") and int(line.split()[1]) >= n:
+            break
+    else:
+        pytest.fail("it ended before it could be killed")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def encoded(counts: Path) -> int:
+    return sum(int(line) for line in counts.read_text().split())
+
+
+def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
+    tiny_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    upstream = f"http://{host}:{port}"
+    counts = tmp_path / "counts"
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=upstream,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        content = {f"in/{i % 7}/image {i:04d}.png": picture(i) for i in range(3000)}
+
+        def put(key: str) -> None:
+            client.put_object(Bucket=BUCKET, Key=key, Body=content[key])
+
+        with ThreadPoolExecutor(4) as threads, script("faulty_proxy.py", upstream) as proxy:
+            list(threads.map(put, content))
+            command = (f"s3://{BUCKET}/in", f"s3://{BUCKET}/store", tiny_encoder_dir, counts)
+            for n in (random.randrange(1, 1200), random.randrange(1, 800)):
+                kill_at(start(*command, **aws(proxy)), n)
+                time.sleep(2)  # what is left of its cluster ends
+            finish(start(*command, **aws(proxy)))
+            # In flight at a kill: what one actor had been given and had not yet stored.
+            assert 3000 <= encoded(counts) <= 3000 + 2 * BATCH_ROWS
+
+            before = encoded(counts)
+            changed = random.sample(sorted(content), 50)
+            content |= {key: picture(10_000 + i) for i, key in enumerate(changed)}
+            added = {f"in/{i % 7}/new {i:03d}.png": picture(20_000 + i) for i in range(200)}
+            content |= added
+            list(threads.map(put, [*changed, *added]))
+            lines = finish(start(*command, **aws(proxy)))
+        assert encoded(counts) - before == 250
+        told = {line.split()[1]: line.split()[2] for line in lines if line.startswith("artifact")}
+        for name, value in aws(upstream).items():
+            monkeypatch.setenv(name, value)
+        embedded = Artifact.load(told["embed_images"])
+        listed = Artifact.load(told["list_images"])
+        facts = {name: embedded.facts[f"n_{name}"] for name in ("new", "reused", "failed")}
+        assert facts == {"new": 250, "reused": 2950, "failed": 0}
+        uris = listed.column("uri").to_pylist()
+        assert uris == sorted(f"s3://{BUCKET}/{key}" for key in content)
+        assert embedded.column("image_id").to_pylist() == list(range(3200))
+        found = matrix(embedded.column("embedding")).astype(np.float32)
+    finally:
+        server.stop()
+
+    spec = EncoderSpec(model=f"local-dir:{tiny_encoder_dir}", pretrained=None, precision="fp32")
+    encoder: Encoder = spec.load()
+    keys = [uri.removeprefix(f"s3://{BUCKET}/") for uri in uris]
+    pixels = np.stack([decode_image(content[key], encoder.crop) for key in keys])
+    expected = encoder.encode_images(pixels, batch_size=16)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    # The comparison would notice two images exchanged.
+    assert np.abs(expected[1:] - expected[:-1]).max(axis=1).min() > 2e-3
+
+
+class PrivateMemory(threading.Thread):
+    """The largest private memory of a process and of each of its workers, in MB."""
+
+    def __init__(self, root: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self.root, self.done = root, threading.Event()
+        self.driver = 0.0
+        self.workers: dict[int, float] = {}
+
+    def run(self) -> None:
+        while not self.done.wait(0.2):
+            for process in [self.root, *self.root.children(recursive=True)]:
+                try:
+                    mb = process.memory_full_info().uss / 1e6
+                    is_worker = process.name().startswith("ray::")
+                except psutil.Error:
+                    continue
+                if process == self.root:
+                    self.driver = max(self.driver, mb)
+                elif is_worker:
+                    self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
+
+
+def measure(*command: object, **environment: str) -> PrivateMemory:
+    process = start(*command, **environment)  # type: ignore[arg-type]
+    memory = PrivateMemory(psutil.Process(process.pid))
+    memory.start()
+    finish(process)
+    memory.done.set()
+    memory.join()
+    return memory
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, tmp_path: Path):
+    found = {}
+    for n in (10_000, 100_000):
+        folder = tmp_path / str(n)
+        for i in range(n):
+            if i % 1000 == 0:
+                (folder / f"{i:06d}").mkdir(parents=True)
+            (folder / f"{i // 1000 * 1000:06d}" / f"{i:06d}.png").write_bytes(TINY)
+        counts = tmp_path / f"counts{n}"
+        command = (str(folder), str(tmp_path / f"store{n}"), tiny_encoder_dir, counts)
+        found[n] = measure(*command)
+        assert encoded(counts) == n
+    few, many = found[10_000], found[100_000]
+    print(f"driver {few.driver:.0f} -> {many.driver:.0f} MB, largest worker ", end="")
+    print(f"{max(few.workers.values()):.0f} -> {max(many.workers.values()):.0f} MB")
+    assert many.driver < 1.1 * few.driver
+    assert max(many.workers.values()) < 1.1 * max(few.workers.values())
+
+
+TINY = picture(0)
