@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision import transforms
 
@@ -105,21 +106,28 @@ def resize_and_crop(image: Tensor, crop: transforms.Compose) -> Tensor:
     Returns:
         (height, width, 3) uint8 on the device of `image`.
     """
-    return crop(image.permute(2, 0, 1)).permute(1, 2, 0)
+    return crop(image.expand(-1, -1, 3).permute(2, 0, 1)).permute(1, 2, 0)
 
 
 def _plain_pixels(data: bytes) -> int:
     """Pixels of a JPEG that the GPU decodes as `decode_image` would, 0 for all other files.
 
-    Those that do not end where a JPEG ends may be truncated, which the GPU would not tell.
+    Those that do not end where a JPEG ends may be truncated, which the GPU would not tell. Those
+    that hold RGB instead of YCbCr nvImageCodec 0.9 takes for YCbCr.
     """
     if not data.endswith(_END_OF_IMAGE):
         return 0
     try:
         with open_image(data) as image:
-            # A JPEG with several pictures is an MPO to Pillow, of which both take the first.
-            plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-            return image.width * image.height if plain and exif_turn(image) is None else 0
+            # A JPEG with several pictures (MPO) is one too, of which both take the first.
+            plain = (
+                isinstance(image, JpegImageFile)
+                and image.mode in ("L", "RGB")
+                and image.info.get("adobe_transform") != 0
+                and bytes(component for component, *_ in image.layer) != b"RGB"
+                and exif_turn(image) is None
+            )
+            return image.width * image.height if plain else 0
     except ValueError:
         return 0
 

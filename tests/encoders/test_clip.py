@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 
@@ -198,6 +199,78 @@ def test_lower_precision_stays_near_and_is_used(encoder, half):
     assert 0 < np.abs(full - half.encode_images(pixels, batch_size=4)).max() < 0.05
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
+def test_large_layers_are_held_in_the_precision_and_norms_in_full(
+    tiny_encoder_dir, precision, dtype
+):
+    lower = load(tiny_encoder_dir, precision=precision)
+    held = {name: tensor.dtype for name, tensor in lower._model.state_dict().items()}
+    for tower in ("visual.transformer", "transformer"):
+        assert held[f"{tower}.resblocks.0.mlp.c_fc.weight"] == dtype
+        assert held[f"{tower}.resblocks.0.ln_1.weight"] == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_gives_nearly_the_same_unit_vectors(tiny_encoder_dir, encoder, precision):
+    lower = load(tiny_encoder_dir, precision=precision)
+    full, got = (e.encode_images(noise(9), batch_size=4) for e in (encoder, lower))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    assert (got * full).sum(axis=1).min() > 0.999
+    full, got = (e.encode_texts(TEXTS, batch_size=4) for e in (encoder, lower))
+    assert got.dtype == torch.float32
+    assert F.cosine_similarity(got, full).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["encoder", "half"])
+def test_pixels_may_be_a_tensor(request, name):
+    encoder = request.getfixturevalue(name)
+    pixels = noise(9)
+    got = encoder.encode_images(torch.from_numpy(pixels), batch_size=4)
+    np.testing.assert_array_equal(got, encoder.encode_images(pixels, batch_size=4))
+
+
+def test_embeddings_come_from_the_device_in_one_copy(encoder, monkeypatch):
+    copied = []
+    to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: copied.append(len(t)) or to_cpu(t))
+    assert len(encoder.encode_images(noise(9), batch_size=4)) == 9
+    assert copied == [9]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_gpu_gives_nearly_the_embeddings_of_the_cpu(tiny_encoder_dir, encoder, precision):
+    spec = {"model": f"local-dir:{tiny_encoder_dir}", "pretrained": None, "precision": precision}
+    on_gpu = EncoderSpec(**spec).load("cuda")
+    pixels = noise(200)
+    got = on_gpu.encode_images(pixels, batch_size=8)
+    assert (got * encoder.encode_images(pixels, batch_size=8)).sum(axis=1).min() > 0.999
+    there = torch.from_numpy(pixels).cuda()
+    np.testing.assert_array_equal(on_gpu.encode_images(there, batch_size=8), got)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_image_tower_agrees_with_the_eager_one(tiny_encoder_dir, precision):
+    eager = load(tiny_encoder_dir, precision=precision)
+    compiled = load(tiny_encoder_dir, precision=precision, compile=True)
+    counters.clear()
+    pixels = noise(9)
+    got = compiled.encode_images(pixels, batch_size=4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert (got * eager.encode_images(pixels, batch_size=4)).sum(axis=1).min() > 0.9999
+    texts = compiled.encode_texts(TEXTS, batch_size=4)
+    torch.testing.assert_close(texts, eager.encode_texts(TEXTS, batch_size=4), rtol=0, atol=0)
+
+
+def test_compiling_enters_the_image_fingerprint_alone(tiny_encoder_dir, encoder):
+    compiled = load(tiny_encoder_dir, compile=True)
+    assert compiled.image_fingerprint != encoder.image_fingerprint
+    assert compiled.text_fingerprint == encoder.text_fingerprint
+
+
 def test_resize_takes_the_center_of_a_larger_image(tiny_encoder_dir, encoder):
     plain, encoder = encoder, load(tiny_encoder_dir, resize=48)
     image = Image.new("RGB", (96, 192), "red")
@@ -218,10 +291,24 @@ def test_resize_below_the_image_size_is_refused(tiny_encoder_dir):
 
 @pytest.mark.parametrize(
     ("asked", "on_gpu", "used"),
-    [("auto", True, "fp16"), ("auto", False, "fp32"), ("bf16", True, "bf16")],
+    [("auto", True, "fp16"), ("bf16", True, "bf16"), ("fp32", False, "fp32")],
 )
 def test_precision_is_made_definite(asked, on_gpu, used):
     assert resolve_precision(asked, on_gpu=on_gpu) == used
+
+
+@pytest.mark.parametrize(
+    ("able", "used"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, "fp32"),
+        ({"architecture": "aarch64"}, "fp32"),
+    ],
+)
+def test_processors_that_compute_in_bf16_do(monkeypatch, able, used):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert resolve_precision("auto", on_gpu=False) == used
 
 
 # Refusals

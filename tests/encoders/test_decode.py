@@ -39,11 +39,14 @@ def corners() -> Image.Image:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 8-bit gray with this header, whatever its other chunks say."""
-    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    """A PNG of 8-bit gray of this size, whatever its other chunks say."""
+    return png_of(struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), *chunks)
+
+
+def png_of(header: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in (header, *chunks, (b"IEND", b""))
+        for name, body in ((b"IHDR", header), *chunks, (b"IEND", b""))
     )
 
 
@@ -126,6 +129,26 @@ def test_cmyk_jpeg_becomes_rgb():
     np.testing.assert_allclose(got.reshape(-1, 3).mean(0), RED, atol=12)
 
 
+def test_inverted_adobe_cmyk_jpeg_becomes_rgb():
+    # Adobe's programs store the complement and say so by their marker.
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).info["adobe_transform"] == 0
+    got = pixels(data)
+    np.testing.assert_allclose(got.reshape(-1, 3).mean(0), RED, atol=12)
+
+
+def test_ycck_jpeg_becomes_rgb():
+    # Pillow writes CMYK alone; here with the marker's transform set to 2, so that the first three
+    # channels are read as Y, Cb and Cr. Adobe's complement of red's inks is (255, 0, 0, 255), and
+    # YCCK holds the complement of the first three, cyan: Y, Cb, Cr = 179, 171, 0 (JFIF).
+    stored = Image.new("CMYK", (16, 16), tuple(255 - value for value in (179, 171, 0, 255)))
+    data = bytearray(encoded(stored, "JPEG", quality=95))
+    data[data.index(b"Adobe") + 11] = 2
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    got = pixels(bytes(data))
+    np.testing.assert_allclose(got.reshape(-1, 3).mean(0), RED, atol=12)
+
+
 def test_palette_with_transparency_lies_over_white():
     image = Image.new("P", (4, 2))
     image.putpalette([*RED, *GREEN, *BLUE])
@@ -149,6 +172,34 @@ def test_16_bit_gray_is_scaled_and_not_clipped(kind):
     np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, axis=2))
 
 
+def test_16_bit_rgb_keeps_its_brightness():
+    # Pillow writes no such PNG. Color type 2, no filter.
+    values = np.array([[[0, 257, 65_535], [32_896, 40_000, 65_000]]], dtype=">u2")
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    got = pixels(png_of(header, (b"IDAT", zlib.compress(b"\0" + values.tobytes()))))
+    np.testing.assert_allclose(got.astype(int), [[[0, 1, 255], [128, 156, 253]]], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        ([0.5, 0.5, 0.5, 0.5], [128] * 4),
+        ([-2, 0, 1, 2], [0, 128, 191, 255]),
+        ([1000, 2000, 3000, 3000], [0, 128, 255, 255]),
+        ([7, 7, 7, 7], [0] * 4),
+        ([0, float("nan"), 1, 1], [0, 0, 255, 255]),
+        ([-float("inf"), 0, 0, float("inf")], [0, 128, 128, 255]),
+    ],
+    ids=["0 to 1", "gray", "below 0", "above 1", "one value", "not a number", "infinite"],
+)
+def test_gray_in_floating_point_is_scaled(values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert image.mode == "F"
+    got = pixels(encoded(image, "TIFF"))
+    np.testing.assert_array_equal(got, np.repeat(np.array([expected])[..., None], 3, axis=2))
+
+
 def test_one_bit_image_is_black_and_white():
     image = Image.fromarray(np.array([[True, False], [False, True]]))
     assert image.mode == "1"
@@ -167,9 +218,20 @@ def test_rgba_and_gray_with_alpha_lie_over_white():
     np.testing.assert_allclose(got[0, :, 0].astype(int), [40, 255, 147], atol=1)
 
 
-def test_first_frame_of_an_animated_gif():
+def test_palette_with_alpha_lies_over_white():
+    image = Image.new("PA", (3, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putdata([(0, 255), (1, 0), (1, 255)])
+    rgb = decode._to_rgb(image)  # no file holds this mode, but Pillow may come to give it
+    assert rgb.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(rgb), [[RED, WHITE, GREEN]])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (8, 6), color) for color in (RED, GREEN, BLUE)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
     got = pixels(data)
     assert got.shape == (6, 8, 3)
@@ -206,11 +268,12 @@ def test_truncated_files_are_refused_with_a_reason(kind, kept):
         (b"", "empty"),
         (b"\0" * 100, "not an image"),
         (b"<html>404 Not Found</html>", "not an image"),
+        (b"these are the words of photograph.jpg\n" * 20, "not an image"),
         (b"\xff\xd8\xff\xe0 not a photograph", "OSError"),
         (png(4, 4), "OSError"),
         (png(4, 4, (b"IDAT", b"no stream")), "OSError"),
     ],
-    ids=["no bytes", "zero bytes", "text", "JPEG mark only", "no pixels", "broken stream"],
+    ids=["no bytes", "zero bytes", "page", "text", "JPEG mark only", "no pixels", "broken stream"],
 )
 def test_what_is_no_image_is_refused_with_a_reason(data, reason):
     with pytest.raises(ValueError, match=reason):
@@ -228,7 +291,9 @@ def never_decompressed(monkeypatch):
         monkeypatch.setattr(kind, "load", load)
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_001, 10_000), (60_000, 60_000), (1 << 30, 2)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(20_001, 10_000), (20_000, 20_000), (60_000, 60_000), (1 << 30, 2)]
+)
 def test_too_many_pixels_are_refused_before_decompression(never_decompressed, width, height):
     with pytest.raises(ValueError, match=r"ixels") as error:
         pixels(png(width, height))

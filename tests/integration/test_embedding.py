@@ -67,8 +67,15 @@ def aws(url: str) -> dict[str, str]:
 
 def start(place: str, store: str, encoder: Path, counts: Path, **environment: str):
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.embed_job", place, store]
-        + [f"local-dir:{encoder}", str(counts)],
+        [
+            sys.executable,
+            "-m",
+            "tests.integration.embed_job",
+            place,
+            store,
+            f"local-dir:{encoder}",
+            str(counts),
+        ],
         stdout=subprocess.PIPE,
         text=True,
         cwd=TESTS.parent,
