@@ -64,26 +64,42 @@ class Encoder:
         size = preprocess["size"]
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         """Height and width of the pixels it takes."""
-        # Text of the towers that share a text encoder (models differing in `visual` alone) has
-        # one fingerprint, so their nouns are embedded once.
-        config: dict[str, Any] = dict(open_clip.get_model_config(spec.model) or {})
-        vision, text = config.pop("vision_cfg", None), config.pop("text_cfg", None)
+
+    @functools.cached_property
+    def image_fingerprint(self) -> str:
+        """Names the embeddings of images: weights, preprocessing and precision."""
+        config, vision, _ = self._configs()
+        preprocess = open_clip.get_model_preprocess_cfg(self._model)
         # Compiled code rounds otherwise.
-        compiled = ["compile"] if spec.compile else []
-        self.image_fingerprint = _hash(
-            [config, vision, preprocess, spec.resize, *compiled],
+        compiled = ["compile"] if self.spec.compile else []
+        return _hash(
+            [config, vision, preprocess, self.spec.resize, *compiled],
             {n: t for n, t in self._model.state_dict().items() if n.startswith("visual.")},
-            spec.precision,
+            self.spec.precision,
         )
-        self.text_fingerprint = _hash(
+
+    @functools.cached_property
+    def text_fingerprint(self) -> str:
+        """Names the embeddings of texts.
+
+        Models that differ in `visual` alone have one, so their nouns are embedded once.
+        """
+        config, _, text = self._configs()
+        return _hash(
             [config, text],
             {
                 n: t
                 for n, t in self._model.state_dict().items()
                 if not n.startswith("visual.") and n not in ("logit_scale", "logit_bias")
             },
-            spec.precision,
+            self.spec.precision,
         )
+
+    def _configs(self) -> tuple[dict[str, Any], Any, Any]:
+        """What both towers share, the image tower's and the text tower's configuration."""
+        config: dict[str, Any] = dict(open_clip.get_model_config(self.spec.model) or {})
+        vision, text = config.pop("vision_cfg", None), config.pop("text_cfg", None)
+        return config, vision, text
 
     @functools.cached_property
     def width(self) -> int:

@@ -8,7 +8,6 @@ what.
 
 import time
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,16 @@ from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.data import ActorPoolStrategy
 
-from tac_ray.artifacts.embeddings import (
-    IDENTITY,
-    KEY_BYTES,
-    EmbeddingStore,
-    Index,
-    image_keys,
-)
-from tac_ray.artifacts.manifest import Artifact, Part, write_part
-from tac_ray.artifacts.schemas import FAILURES, matrix_column
-from tac_ray.artifacts.storage import Folder, filesystem, table_bytes
+from tac_ray.artifacts.embeddings import KEY_BYTES, EmbeddingStore, Index, image_keys
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import FAILURES
+from tac_ray.artifacts.storage import table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, resident_gb
 from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import Crop, decode_image
-from tac_ray.sources.reading import READS_IN_FLIGHT, WHERE, read_images
-from tac_ray.stages.parts import map_parts
+from tac_ray.sources.reading import READS_IN_FLIGHT, read_images
+from tac_ray.stages.stored import count_stored, extend_index, read_lacking, seal_stored
 
 BATCH_ROWS = 256
 """Images a Ray Data block: 40 MB of pixels at 224 x 224."""
@@ -80,18 +73,21 @@ def embed_images(
         return complete
     begun = time.perf_counter()
     embeddings = EmbeddingStore.of(store.path, encoder.image_fingerprint)
-    index = _index(embeddings, embeddings.names(), ray.put(Index.empty()))
-    n_lacking = images.n_rows - sum(_count_stored(images, index))
+    index, n_lacking = ray.put(Index.empty()), images.n_rows
+    stored = embeddings.names()
+    if stored:
+        index = extend_index(embeddings, stored, index)
+        n_lacking -= sum(count_stored(images, index))
     store.progress.start("embed_images", n_lacking, "images")
     filled = _Filled()
     if n_lacking:
         _fill(filled, store.progress, config, spec, encoder, images, embeddings, index)
-        index = _index(embeddings, filled.names, index)
+        index = extend_index(embeddings, filled.names, index)
     failures = filled.failures()
     _check_failures(filled.failed, images.n_rows, images.n_rows, config.max_failures)
 
     def write(writer: ArtifactWriter) -> None:
-        writer.parts += _seal(writer.folder, config.part_rows, images, embeddings, index)
+        writer.parts += seal_stored(writer.folder, config.part_rows, images, embeddings, index)
         writer.add_file("failures.parquet", table_bytes(failures), failures.num_rows)
         writer.facts["precision"] = spec.precision
         writer.facts["n_new"] = n_lacking - failures.num_rows
@@ -285,11 +281,14 @@ def _fill(
 ) -> None:
     """Embed what the store lacks."""
     workers = filled.workers = _Workers.of_cluster(config.n_encoders)
-    fs, _ = filesystem(images.folder.path)
-    paths = [filesystem(images.folder.join(p.name))[1] for p in images.manifest.parts]
+    parts = [{"part": part.name} for part in images.manifest.parts]
     reports = (
-        ray.data.read_parquet(paths, filesystem=fs, columns=["image_id", *WHERE])
-        .map_batches(_lacking, fn_kwargs={"index": [index]}, batch_format="pyarrow")  # type: ignore[arg-type]
+        ray.data.from_items(parts, override_num_blocks=len(parts))
+        .map_batches(
+            read_lacking,  # type: ignore[arg-type]
+            fn_kwargs={"listing": images.folder, "index": [index]},
+            batch_format="pyarrow",
+        )
         .repartition(target_num_rows_per_block=BATCH_ROWS)
         .map_batches(
             LoadPixels(encoder.crop, encoder.image_size),  # type: ignore[arg-type]
@@ -330,72 +329,3 @@ def _check_failures(
             f"{allowed:g} allows {int(most)} of {n_images}; the first: {first['uri']}: "
             f"{first['error']}"
         )
-
-
-def _index(
-    embeddings: EmbeddingStore, names: list[str], before: ObjectRef[Index]
-) -> ObjectRef[Index]:
-    """The index of a store with more files in it, in the cluster's memory."""
-    return ray.remote(num_cpus=DECODE_CPUS)(Index.extended).remote(before, embeddings, names)
-
-
-def _lacking(listed: pa.Table, index: list[ObjectRef[Index]]) -> pa.Table:
-    """The rows of a listing whose embeddings a store does not hold."""
-    return listed.filter(pa.array(ray.get(index[0]).find(image_keys(listed)) < 0))
-
-
-def _count_stored(images: Artifact, index: ObjectRef[Index]) -> list[int]:
-    """How many images of each part of the listing a store holds."""
-    parts = ((images.folder, part.name, [index]) for part in images.manifest.parts)
-    return list(map_parts(_count_stored_in, parts))
-
-
-def _count_stored_in(listing: Folder, name: str, index: list[ObjectRef[Index]]) -> int:
-    return int((_stored(listing, name, ray.get(index[0]))[1] >= 0).sum())
-
-
-def _stored(
-    listing: Folder, name: str, index: Index
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Image ids of a part of a listing, and where the index has each."""
-    table = listing.read_table(name, ["image_id", *IDENTITY])
-    return table["image_id"].to_numpy(), index.find(image_keys(table))
-
-
-def _seal(
-    folder: Folder,
-    part_rows: int,
-    images: Artifact,
-    embeddings: EmbeddingStore,
-    index: ObjectRef[Index],
-) -> list[Part]:
-    """The stored rows of a listing in its order, in equal parts; one task a part."""
-    names = [part.name for part in images.manifest.parts]
-    ends = np.array(list(accumulate(_count_stored(images, index))))
-    tasks = []
-    for number, start in enumerate(range(0, ends[-1], part_rows)):
-        stop = min(start + part_rows, ends[-1])
-        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        skip = start - (ends[first - 1] if first else 0)
-        mine = names[first : last + 1]
-        tasks.append((folder, number, images.folder, mine, skip, stop - start, embeddings, [index]))
-    return list(map_parts(_seal_part, tasks))
-
-
-def _seal_part(
-    folder: Folder,
-    number: int,
-    listing: Folder,
-    names: list[str],
-    skip: int,
-    rows: int,
-    embeddings: EmbeddingStore,
-    index: list[ObjectRef[Index]],
-) -> Part:
-    found = ray.get(index[0])
-    ids, positions = zip(*(_stored(listing, name, found) for name in names), strict=True)
-    image_id, position = np.concatenate(ids), np.concatenate(positions)
-    mine = np.flatnonzero(position >= 0)[skip : skip + rows]
-    embedding = embeddings.read(found.places(position[mine]))
-    table = pa.table({"image_id": image_id[mine], "embedding": matrix_column(embedding)})
-    return write_part(folder, number, table, plain=True)
