@@ -235,7 +235,10 @@ class _Steps:
                 seed=self.config.seed,
             )
             found = read_scores(self.add("evaluate", evaluation))
-        self.add("report", report(self.store, self._artifacts[f"assign_clusters:{answer}"]))
+        assignment, listing = (
+            self._artifacts[name] for name in (f"assign_clusters:{answer}", "list_images")
+        )
+        self.add("report", report(self.store, assignment, listing))
         done = self._run(found, finished=True)
         Folder(done.page).remove()
         write_page(done)
@@ -382,11 +385,17 @@ def _check_sizes(config: TacConfig, n_images: int) -> None:
 def _encoder_spec(config: TacConfig) -> EncoderSpec:
     on_gpu = ray.cluster_resources().get("GPU", 0) > 0
     options = config.encoder
+    if options.decode_on_gpu and not on_gpu:
+        raise ValueError(
+            "decode_on_gpu=True needs a GPU and the cluster has 0; leave out --decode-on-gpu"
+        )
     return EncoderSpec(
         model=options.model,
         pretrained=options.pretrained,
         precision=resolve_precision(options.precision, on_gpu=on_gpu),
         resize=options.resize,
+        compile=options.compile,
+        decode_on_gpu=options.decode_on_gpu,
     )
 
 

@@ -31,6 +31,8 @@ class EncoderSpec:
     resize: int | None = None
     compile: bool = False
     """Compile the image tower with torch.compile: slow to start, for runs of many images."""
+    decode_on_gpu: bool = False
+    """Decode plain JPEGs by `GpuDecoder`: part of the preprocessing, as pixels differ a little."""
 
     def load(self, device: str = "cpu") -> "Encoder":
         """Load the weights (seconds, and the size of the model in memory).
@@ -70,10 +72,10 @@ class Encoder:
         """Names the embeddings of images: weights, preprocessing and precision."""
         config, vision, _ = self._configs()
         preprocess = open_clip.get_model_preprocess_cfg(self._model)
-        # Compiled code rounds otherwise.
-        compiled = ["compile"] if self.spec.compile else []
+        # Compiled code and the GPU's decoder round otherwise.
+        asked = [name for name in ("compile", "decode_on_gpu") if getattr(self.spec, name)]
         return _hash(
-            [config, vision, preprocess, self.spec.resize, *compiled],
+            [config, vision, preprocess, self.spec.resize, *asked],
             {n: t for n, t in self._model.state_dict().items() if n.startswith("visual.")},
             self.spec.precision,
         )

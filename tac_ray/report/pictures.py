@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +10,10 @@ from PIL import Image, ImageOps
 
 from tac_ray.artifacts.manifest import Artifact, Part, describe
 from tac_ray.artifacts.schemas import PICTURES
-from tac_ray.artifacts.storage import Folder, filesystem, table_bytes
+from tac_ray.artifacts.storage import Folder, table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
 from tac_ray.encoders.decode import decode_image
+from tac_ray.sources.reading import WHERE, read_images
 from tac_ray.stages.parts import map_parts
 
 KINDS = ("most confident", "least confident", "nearest to the next cluster")
@@ -22,15 +22,15 @@ PER_KIND = 4
 SIDE = 128
 """Pixels of a picture's side on a sheet."""
 SHEETS_PER_TASK = 8
-READS_IN_FLIGHT = 8
 
 
-def report(store: Store, assignment: Artifact) -> Artifact:
+def report(store: Store, assignment: Artifact, images: Artifact) -> Artifact:
     """Choose the pictures of every cluster and draw them on a sheet each.
 
     Args:
         store: where artifacts lie.
         assignment: artifact of assign_clusters.
+        images: artifact of list_images that it assigns; says where the bytes of an image lie.
 
     Returns:
         `pictures.parquet`, a row a picture in the order of the sheets; `sheets/NNNNN.jpg`, for
@@ -38,7 +38,7 @@ def report(store: Store, assignment: Artifact) -> Artifact:
         where an image could no longer be read (fact `n_unread`).
 
     Cost: one pass over the assignment, then reads 12 K images. Peak memory a worker: one part, or
-    READS_IN_FLIGHT decoded images; the driver holds 36 K rows.
+    64 MB of files on their way; the driver holds 36 K rows.
     """
 
     def write(writer: ArtifactWriter) -> None:
@@ -49,12 +49,16 @@ def report(store: Store, assignment: Artifact) -> Artifact:
         candidates = pa.concat_tables(map_parts(_candidates, parts))
         pictures = choose_pictures(candidates)
         writer.add_file("pictures.parquet", table_bytes(pictures), pictures.num_rows)
-        cluster_id = pictures["cluster_id"].to_numpy()
+        image_id, cluster_id = (pictures[name].to_numpy() for name in ("image_id", "cluster_id"))
+        listed = ((images.folder, part.name, image_id) for part in images.manifest.parts)
+        places = pa.concat_tables(map_parts(_places, listed))
+        places = places.take(np.searchsorted(places["image_id"].to_numpy(), image_id))
         tasks = []
         for start in range(0, n_clusters, SHEETS_PER_TASK):
             clusters = range(start, min(start + SHEETS_PER_TASK, n_clusters))
             rows = (cluster_id >= clusters.start) & (cluster_id < clusters.stop)
-            tasks.append((writer.folder, clusters, pictures.filter(rows)))
+            mine = pictures.filter(rows), places.filter(rows)
+            tasks.append((writer.folder, clusters, *mine))
         n_unread = 0
         for sheets, unread, memory_gb in map_parts(_draw_sheets, tasks):
             writer.files += sheets
@@ -63,7 +67,9 @@ def report(store: Store, assignment: Artifact) -> Artifact:
             writer.progress.advance(len(sheets))
         writer.facts["n_unread"] = n_unread
 
-    return store.run_stage("report", version=1, options={}, inputs=[assignment], write=write)
+    return store.run_stage(
+        "report", version=2, options={}, inputs=[assignment, images], write=write
+    )
 
 
 def choose_pictures(rows: pa.Table) -> pa.Table:
@@ -111,21 +117,28 @@ def _candidates(folder: Folder, name: str) -> pa.Table:
     return rows.take(np.unique(np.concatenate(picked)))
 
 
+def _places(listing: Folder, name: str, image_id: NDArray[np.int64]) -> pa.Table:
+    """Where the bytes of those of the images lie that are in a part of the listing."""
+    rows = listing.read_table(name, ["image_id", *WHERE])
+    return rows.filter(np.isin(rows["image_id"].to_numpy(), image_id))
+
+
 def _draw_sheets(
-    folder: Folder, clusters: Iterable[int], pictures: pa.Table
+    folder: Folder, clusters: Iterable[int], pictures: pa.Table, places: pa.Table
 ) -> tuple[list[Part], int, float]:
-    sheets, n_unread = [], 0
-    cluster_id = pictures["cluster_id"].to_numpy()
-    with ThreadPoolExecutor(READS_IN_FLIGHT) as readers:
-        for cluster in clusters:
-            mine = pictures.filter(cluster_id == cluster)
-            tiles = list(readers.map(_tile, mine["uri"].to_pylist()))
-            n_unread += sum(tile is None for tile in tiles)
-            name = sheet_name(cluster)
-            data = draw_sheet(tiles, mine["kind"].to_pylist())
-            folder.write(name, data)
-            sheets.append(describe(name, data))
-    return sheets, n_unread, resident_gb()
+    tiles: list[Image.Image | None] = [None] * places.num_rows
+    for row, data, _, _ in read_images(places):
+        if data is not None:
+            tiles[row] = _tile(data)
+    sheets = []
+    cluster_id, kinds = pictures["cluster_id"].to_numpy(), pictures["kind"].to_pylist()
+    for cluster in clusters:
+        rows = np.flatnonzero(cluster_id == cluster)
+        name = sheet_name(cluster)
+        data = draw_sheet([tiles[row] for row in rows], [kinds[row] for row in rows])
+        folder.write(name, data)
+        sheets.append(describe(name, data))
+    return sheets, tiles.count(None), resident_gb()
 
 
 def sheet_name(cluster: int) -> str:
@@ -144,13 +157,11 @@ def draw_sheet(tiles: list[Image.Image | None], kinds: list[int]) -> bytes:
     return buffer.getvalue()
 
 
-def _tile(uri: str) -> Image.Image | None:
-    """A square picture of an image; None if the image is there no longer."""
+def _tile(data: bytes) -> Image.Image | None:
+    """A square picture of an image; None if it is an image no longer."""
     try:
-        fs, path = filesystem(uri)
-        data: bytes = fs.cat_file(path)  # type: ignore[assignment]
         return Image.fromarray(decode_image(data, _square))
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 

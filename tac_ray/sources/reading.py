@@ -185,7 +185,8 @@ def _row_group(uri: str, etag: str | None, group: int) -> pa.ChunkedArray:
     The next batch of rows is likely to need the same one.
     """
     column = columns_in(uri).image
-    assert column is not None  # or it would not have been listed
+    if column is None:
+        raise FileNotFoundError(f"{uri} has no column of images")
     fs, path = filesystem(uri)
     with fs.open(path, "rb") as file:
         table = pq.ParquetFile(file).read_row_group(group, columns=[column])

@@ -27,6 +27,7 @@ from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, re
 from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import Crop, decode_image
+from tac_ray.encoders.decode_gpu import GpuDecoder, device_crop
 from tac_ray.sources.reading import READS_IN_FLIGHT, read_images
 from tac_ray.stages.stored import count_stored, extend_index, read_lacking, seal_stored
 
@@ -59,7 +60,8 @@ def embed_images(
         was new, reused and failed, and how fast each step was.
 
     Raises:
-        ValueError: no image can be read, or more than `max_failures` of them cannot.
+        ValueError: no image can be read, or more than `max_failures` of them cannot; or the GPU
+            should decode for an encoder whose crop it cannot do.
 
     Cost: one forward pass a new image; sealing reads the listing's embeddings once. Peak memory a
     worker: the model and about four blocks of BATCH_ROWS images, 64 MB of files on their way; the
@@ -71,6 +73,8 @@ def embed_images(
     complete = store.reuse("embed_images", inputs=inputs, **asked)
     if complete is not None:
         return complete
+    if spec.decode_on_gpu:
+        device_crop(encoder.crop)  # refuses here what the actors could not do
     begun = time.perf_counter()
     embeddings = EmbeddingStore.of(store.path, encoder.image_fingerprint)
     index, n_lacking = ray.put(Index.empty()), images.n_rows
@@ -101,23 +105,33 @@ def embed_images(
     return store.run_stage("embed_images", inputs=inputs, write=write, begun=begun, **asked)
 
 
-class LoadPixels:
-    """Read and decode a batch of images; a bad one becomes an error, not an exception."""
+class LoadImages:
+    """Read a batch of images, and decode them; a bad one becomes an error, not an exception."""
 
-    def __init__(self, crop: Crop, size: tuple[int, int]) -> None:
+    def __init__(self, crop: Crop | None, size: tuple[int, int]) -> None:
+        """How to decode.
+
+        Args:
+            crop: the encoder's resize and crop; None leaves decoding to the encoder's device.
+            size: height and width of the pixels.
+        """
         self._crop = crop
         self._shape = (*size, 3)
 
     def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        """`image_id`, `key` and `uri` of the batch with pixels, and what each image took."""
+        """`image_id`, `key` and `uri` of the batch, `pixels` or `file`, and what each took."""
         n = batch.num_rows
-        pixels = np.zeros((n, *self._shape), dtype=np.uint8)
+        pixels = np.zeros((n if self._crop else 0, *self._shape), dtype=np.uint8)
+        files = [b""] * n
         step, error = [""] * n, [""] * n
         read_s, decode_s = np.zeros(n), np.zeros(n)
         for row, data, failed, seconds in read_images(batch):
             read_s[row] = seconds
             if data is None:
                 step[row], error[row] = "download", failed
+                continue
+            if self._crop is None:
+                files[row] = data
                 continue
             start = time.perf_counter()
             try:
@@ -130,7 +144,7 @@ class LoadPixels:
             # As bytes in rows, since strings of bytes lose the zeros they end with on the way.
             "key": image_keys(batch).view(np.uint8).reshape(n, KEY_BYTES),
             "uri": batch["uri"].to_pylist(),
-            "pixels": pixels,
+            **({"pixels": pixels} if self._crop else {"file": np.array(files, dtype=object)}),
             "step": step,
             "error": error,
             "read_s": read_s,
@@ -152,12 +166,17 @@ class EncodePixels:
         if not on_gpu:
             torch.set_num_threads(n_threads)
         self._encoder = spec.load("cuda" if on_gpu else "cpu")
+        self._decoder = GpuDecoder(self._encoder) if spec.decode_on_gpu else None
         self._batch_size = batch_size or (256 if on_gpu else 16)
         self._embeddings = embeddings
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """Store the embeddings of a batch; one row of report."""
         began = time.time()
+        decode_s = float(batch["decode_s"].sum())
+        if self._decoder is not None:
+            batch = self._decode(batch, self._decoder)
+            decode_s += time.time() - began
         good = np.array([not error for error in batch["error"]], dtype=bool)
         name = ""
         if good.any():
@@ -172,11 +191,23 @@ class EncodePixels:
             "rows": [len(good)],
             "failed": [failed.cast(FAILURES).to_pylist()],
             "read_s": [float(batch["read_s"].sum())],
-            "decode_s": [float(batch["decode_s"].sum())],
+            "decode_s": [decode_s],
             "began": [began],
             "ended": [time.time()],
             "memory_gb": [resident_gb()],
         }
+
+    @staticmethod
+    def _decode(batch: dict[str, Any], decoder: GpuDecoder) -> dict[str, Any]:
+        """The batch with pixels on the device, and with the errors of decoding."""
+        step, error = (batch[name].astype(object) for name in ("step", "error"))
+        read = np.flatnonzero(error == "")
+        pixels, errors = decoder([batch["file"][row] for row in read])
+        bad = [bool(reason) for reason in errors]
+        step[read[bad]], error[read] = "decode", errors
+        everything = pixels.new_zeros(len(error), *pixels.shape[1:])
+        everything[torch.from_numpy(read)] = pixels
+        return {**batch, "pixels": everything, "step": step, "error": error}
 
 
 @dataclass
@@ -291,7 +322,7 @@ def _fill(
         )
         .repartition(target_num_rows_per_block=BATCH_ROWS)
         .map_batches(
-            LoadPixels(encoder.crop, encoder.image_size),  # type: ignore[arg-type]
+            LoadImages(None if spec.decode_on_gpu else encoder.crop, encoder.image_size),  # type: ignore[arg-type]
             batch_size=BATCH_ROWS,
             batch_format="pyarrow",
             num_cpus=DECODE_CPUS,

@@ -1,6 +1,6 @@
-"""A job that lists and embeds a place, tells how far it is, and counts what its encoder saw.
+"""A job that lists a place and embeds it, tells how far it is, and counts what its encoder saw.
 
-python -m tests.integration.embed_job PLACE STORE ENCODER COUNTS
+python -m tests.integration.embed_job PLACE STORE [ENCODER COUNTS]
 """
 
 import sys
@@ -36,7 +36,7 @@ class Telling:
         print(text, flush=True)
 
 
-def main(place: str, store_path: str, model: str, counts: str) -> None:
+def main(place: str, store_path: str, model: str = "", counts: str = "") -> None:
     def count_images() -> None:
         """In every worker: each call of the encoder adds a line with its images."""
         encode = Encoder.encode_images
@@ -57,8 +57,10 @@ def main(place: str, store_path: str, model: str, counts: str) -> None:
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     store = Store(store_path, Telling())
-    spec = EncoderSpec(model=model, pretrained=None, precision="fp32")
     listed = list_images(store, place, labels="none")
+    if not model:
+        return
+    spec = EncoderSpec(model=model, pretrained=None, precision="fp32")
     config = EmbedImagesConfig(part_rows=1000, max_failures=0.2)
     embed_images(store, config, spec, spec.load(), listed)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tac_ray.artifacts.run import Run
-from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, FAILURES
+from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, FAILURES, IMAGES
 from tac_ray.artifacts.storage import Folder, table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Store
 from tac_ray.config import best
@@ -70,10 +70,13 @@ def make_run(ray_cluster: None, tmp_path: Path, silent_progress: Any) -> RunFact
         columns = [np.arange(k), names, [nouns or ["thing"]] * k, sizes, means]
         arrays = [pa.array(c, f.type) for c, f in zip(columns, CLUSTER_NAMES, strict=True)]
         names_file = table_bytes(pa.table(arrays, schema=CLUSTER_NAMES))
-        label_column = pa.array(labels or [None] * n, pa.string())
+        listed = [range(n), uris, *[[None] * n] * 4, labels or [None] * n]
+        listing = pa.table(
+            [pa.array(c, f.type) for c, f in zip(listed, IMAGES, strict=True)], schema=IMAGES
+        )
 
         def write_listing(writer: ArtifactWriter) -> None:
-            writer.add_part(pa.table({"label": label_column}))
+            writer.add_part(listing)
             writer.facts["labels"] = sorted(set(labels or []))
 
         def write_images(writer: ArtifactWriter) -> None:
@@ -95,7 +98,7 @@ def make_run(ray_cluster: None, tmp_path: Path, silent_progress: Any) -> RunFact
             )
         }
         assignment = made["assign_clusters:tac"] = made.pop("assign_clusters")
-        made["report"] = report(store, assignment)
+        made["report"] = report(store, assignment, made["list_images"])
         scores = {}
         if labels:
             made["evaluate"] = evaluate(
