@@ -101,17 +101,28 @@ class Bucket:
         return None
 
     def _any_in(self, keys: KeyRange) -> bool:
-        first, _ = self.page(keys.after, 1)
-        return bool(first) and first[0]["Key"] <= keys.until
+        return self._first_in(keys) is not None
+
+    def _first_in(self, keys: KeyRange) -> str | None:
+        found, _ = self.page(keys.after, 1)
+        return found[0]["Key"] if found and found[0]["Key"] <= keys.until else None
 
     def ranges(self, n: int) -> list[KeyRange]:
-        """The prefix in up to `n` ranges, in order, none of them empty at its upper half."""
+        """The prefix in up to about `n` ranges, in order, each with a key in it."""
         parts = [self.whole]
         _, more = self.page(self.prefix)
         while more and len(parts) < n:
-            cuts = [(keys, self.cut(keys)) for keys in parts]
-            parts = [part for keys, upper in cuts for part in (keys, upper) if part is not None]
-            more = any(upper is not None for _, upper in cuts)
+            cuts: list[KeyRange] = []
+            for keys in parts:
+                # From its first key, which tells where keys begin to differ.
+                first = self._first_in(keys)
+                beyond = KeyRange(first or keys.after, keys.until)
+                upper = self.cut(beyond)
+                cuts.append(KeyRange(keys.after, beyond.until))
+                if upper is not None:
+                    cuts.append(upper)
+            more = len(cuts) > len(parts)
+            parts = cuts
         return parts
 
     def consume(self, keys: KeyRange, reader: Callable[[Iterator[Sequence[Key]]], T]) -> list[T]:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -181,16 +181,16 @@ class PrivateMemory(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.2):
-            for process in [self.root, *self.root.children(recursive=True)]:
-                try:
-                    mb = process.memory_full_info().uss / 1e6
-                    is_worker = process.name().startswith("ray::")
-                except psutil.Error:
-                    continue
-                if process == self.root:
-                    self.driver = max(self.driver, mb)
-                elif is_worker:
-                    self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
+            with suppress(psutil.Error):  # a process ended while it was looked at
+                self._look()
+
+    def _look(self) -> None:
+        for process in [self.root, *self.root.children(recursive=True)]:
+            mb = process.memory_full_info().uss / 1e6
+            if process == self.root:
+                self.driver = max(self.driver, mb)
+            elif process.name().startswith("ray::"):
+                self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
 
 
 def measure(*command: object, **environment: str) -> PrivateMemory:

@@ -93,11 +93,12 @@ def test_calls_are_made_many_at_a_time_where_one_range_holds_all_keys():
 def test_ranges_share_the_keys():
     bucket = Bucket(FakeS3(BUCKETS["numbers"]), "bucket", "in/")
     ranges = bucket.ranges(8)
-    assert 4 <= len(ranges) <= 8
+    assert 8 <= len(ranges) <= 16
     assert all(low.until <= high.after for low, high in pairwise(ranges))
     held = [sum(r.after < key <= r.until for key in BUCKETS["numbers"]) for r in ranges]
     assert sum(held) == 30_000
-    assert max(held) <= 20_000
+    assert min(held) > 0
+    assert max(held) <= 15_000
 
 
 def test_an_error_of_one_reader_ends_the_listing():
