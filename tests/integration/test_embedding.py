@@ -1,5 +1,6 @@
 """Embedding a bucket over a bad network, killed and resumed, and its memory as it grows."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,6 +17,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import psutil
+import pyarrow.compute as pc
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
@@ -56,6 +59,13 @@ def script(name: str, *arguments: str) -> Iterator[str]:
         process.wait()
 
 
+CREDENTIALS = {
+    "aws_access_key_id": "test",
+    "aws_secret_access_key": "test",
+    "region_name": "us-east-1",
+}
+
+
 def aws(url: str) -> dict[str, str]:
     return {
         "AWS_ENDPOINT_URL": url,
@@ -65,16 +75,11 @@ def aws(url: str) -> dict[str, str]:
     }
 
 
-def start(place: str, store: str, encoder: Path, counts: Path, **environment: str):
+def start(place: str, store: str, *encoder_and_counts: object, **environment: str):
     return subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "tests.integration.embed_job",
-            place,
-            store,
-            f"local-dir:{encoder}",
-            str(counts),
+            *(sys.executable, "-m", "tests.integration.embed_job", place, store),
+            *map(str, encoder_and_counts),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -115,13 +120,7 @@ def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
     upstream = f"http://{host}:{port}"
     counts = tmp_path / "counts"
     try:
-        client = boto3.client(
-            "s3",
-            endpoint_url=upstream,
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            region_name="us-east-1",
-        )
+        client = boto3.client("s3", endpoint_url=upstream, **CREDENTIALS)
         client.create_bucket(Bucket=BUCKET)
         content = {f"in/{i % 7}/image {i:04d}.png": picture(i) for i in range(3000)}
 
@@ -130,7 +129,12 @@ def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
 
         with ThreadPoolExecutor(4) as threads, script("faulty_proxy.py", upstream) as proxy:
             list(threads.map(put, content))
-            command = (f"s3://{BUCKET}/in", f"s3://{BUCKET}/store", tiny_encoder_dir, counts)
+            command = (
+                f"s3://{BUCKET}/in",
+                f"s3://{BUCKET}/store",
+                f"local-dir:{tiny_encoder_dir}",
+                counts,
+            )
             for n in (random.randrange(1, 1200), random.randrange(1, 800)):
                 kill_at(start(*command, **aws(proxy)), n)
                 time.sleep(2)  # what is left of its cluster ends
@@ -193,8 +197,10 @@ class PrivateMemory(threading.Thread):
                 self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
 
 
-def measure(*command: object, **environment: str) -> PrivateMemory:
-    process = start(*command, **environment)  # type: ignore[arg-type]
+def measure(
+    place: str, store: str, *encoder_and_counts: object, **environment: str
+) -> PrivateMemory:
+    process = start(place, store, *encoder_and_counts, **environment)
     memory = PrivateMemory(psutil.Process(process.pid))
     memory.start()
     finish(process)
@@ -213,7 +219,12 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, 
                 (folder / f"{i:06d}").mkdir(parents=True)
             (folder / f"{i // 1000 * 1000:06d}" / f"{i:06d}.png").write_bytes(TINY)
         counts = tmp_path / f"counts{n}"
-        command = (str(folder), str(tmp_path / f"store{n}"), tiny_encoder_dir, counts)
+        command = (
+            str(folder),
+            str(tmp_path / f"store{n}"),
+            f"local-dir:{tiny_encoder_dir}",
+            counts,
+        )
         found[n] = measure(*command)
         assert encoded(counts) == n
     few, many = found[10_000], found[100_000]
@@ -224,3 +235,39 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, 
 
 
 TINY = picture(0)
+
+
+@pytest.mark.slow
+def test_a_million_keys_are_listed_in_bounded_memory(tmp_path: Path):
+    found = {}
+    for n in (100_000, 1_000_000):
+        with script("listing_server.py", "--keys", str(n), "--latency-ms", "50") as url:
+            begun = time.perf_counter()
+            found[n] = measure("s3://bucket/flat", str(tmp_path / str(n)), **aws(url))
+            seconds = time.perf_counter() - begun
+            with urllib.request.urlopen(f"{url}/stats") as answer:
+                stats = json.load(answer)
+            if n == 100_000:
+                begun = time.perf_counter()
+                client = boto3.client("s3", endpoint_url=url, **CREDENTIALS)
+                pages = client.get_paginator("list_objects_v2")
+                answers = pages.paginate(Bucket="bucket", Prefix="flat/")
+                assert sum(len(answer["Contents"]) for answer in answers) == n
+                peer_s = 10 * (time.perf_counter() - begun)
+        listing = next((tmp_path / str(n)).glob("list_images-*"))
+        artifact = Artifact.load(str(listing))
+        assert artifact.n_rows == n
+        uris = artifact.column("uri")
+        assert uris[0].as_py() == "s3://bucket/flat/img_00000000.jpg"
+        assert pc.count_distinct(uris).as_py() == n
+        # Several callers at a time, with few calls beside those that list.
+        assert stats["most_in_flight"] >= 8
+        assert stats["n_requests"] < 1.5 * n / 1000 + 400
+    few, many = found.values()
+    print(f"1,000,000 keys: {seconds:.0f} s with the start of Ray; one caller, ten times 100,000: ")
+    print(
+        f"{peer_s:.0f} s. Driver {few.driver:.0f} -> {many.driver:.0f} MB, largest worker ", end=""
+    )
+    print(f"{max(few.workers.values()):.0f} -> {max(many.workers.values()):.0f} MB")
+    assert many.driver < 1.1 * few.driver
+    assert max(many.workers.values()) < 1.5 * max(few.workers.values())
