@@ -1,4 +1,4 @@
-"""One collection in every form it may have, and files that are no images, through the two stages."""
+"""One collection in every form it may have, and files that are no images, through both stages."""
 
 import io
 import os
