@@ -155,7 +155,7 @@ GOOD = {
     "quotes '\".png": PICTURES[1],
     "two\nlines.png": PICTURES[2],
     "né 猫 \U0001f408.png": PICTURES[3],
-    "a..b/..c/...png": PICTURES[4],
+    "a..b/..c/..d.png": PICTURES[4],
     "percent %41%2F+?#&.png": PICTURES[5],
     "photograph.JPEG": PICTURES[6],  # a PNG by its content
     "one pixel.png": png(1, 1),
