@@ -39,11 +39,8 @@ def test_bucket_to_bucket_gives_the_table_of_a_folder(
         client.put_object(Bucket="photos", Key=key, Body=path.read_bytes())
     at = options.index("--images")
     elsewhere = [*options[:at], "--images", "s3://photos/in", *options[at + 2 :]]
-    remote = tac_ray("run", *elsewhere, "--out", "s3://photos/runs/a", **s3)
-    local = tac_ray("run", *options, "--out", str(tmp_path / "run"))
-    for process in (remote, local):
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output
+    _finished("run", *elsewhere, "--out", "s3://photos/runs/a", **s3)
+    _finished("run", *options, "--out", str(tmp_path / "run"))
     listed = client.list_objects_v2(Bucket="photos", Prefix="runs/a/clusters/")["Contents"]
     parts = [tmp_path / f"{i}.parquet" for i in range(len(listed))]
     for path, entry in zip(parts, listed, strict=True):
@@ -53,10 +50,15 @@ def test_bucket_to_bucket_gives_the_table_of_a_folder(
     assert found.equals(pq.read_table(tmp_path / "run" / "clusters", columns=columns))
     assert pq.read_table(parts)["uri"][0].as_py().startswith("s3://photos/in/")
 
-    status = tac_ray("status", "s3://photos/runs/a", **s3)
-    output, _ = status.communicate(timeout=60)
-    assert status.returncode == 0, output
-    assert "embed_images" in output
+    assert "embed_images" in _finished("status", "s3://photos/runs/a", **s3)
+
+
+def _finished(*arguments: str, **environment: str) -> str:
+    """What the command line printed."""
+    process = tac_ray(*arguments, **environment)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
 
 
 def _client(environment: dict[str, str]):  # boto3's clients have no static type
