@@ -7,6 +7,7 @@ what.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,26 +164,29 @@ class EncodePixels:
         embeddings: EmbeddingStore,
     ) -> None:
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            torch.set_num_threads(n_threads)
         self._encoder = spec.load("cuda" if on_gpu else "cpu")
         self._decoder = GpuDecoder(self._encoder) if spec.decode_on_gpu else None
         self._batch_size = batch_size or (256 if on_gpu else 16)
+        # On CPU a pass a thread: threads that share a pass wait for each other in every layer,
+        # the longer the more often decoding takes one of their cores.
+        self._at_once = BATCH_ROWS if on_gpu else self._batch_size
+        self._passes = ThreadPoolExecutor(
+            1 if on_gpu else n_threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._embeddings = embeddings
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
         """Store the embeddings of a batch; one row of report."""
-        began = time.time()
         decode_s = float(batch["decode_s"].sum())
         if self._decoder is not None:
-            batch = self._decode(batch, self._decoder)
-            decode_s += time.time() - began
+            batch, seconds = self._passes.submit(self._decode, batch, self._decoder).result()
+            decode_s += seconds
+        began = time.time()
+        encode_s = 0.0
         good = np.array([not error for error in batch["error"]], dtype=bool)
         name = ""
         if good.any():
-            embedding = self._encoder.encode_images(
-                batch["pixels"][good], batch_size=self._batch_size
-            )
+            embedding, encode_s = self._encode(batch["pixels"][good])
             keys = np.ascontiguousarray(batch["key"][good]).view(f"S{KEY_BYTES}")[:, 0]
             name = self._embeddings.append(keys, embedding.astype(np.float16))
         failed = pa.table({name: batch[name][~good] for name in FAILURES.names})
@@ -192,14 +196,31 @@ class EncodePixels:
             "failed": [failed.cast(FAILURES).to_pylist()],
             "read_s": [float(batch["read_s"].sum())],
             "decode_s": [decode_s],
+            "encode_s": [encode_s],
             "began": [began],
             "ended": [time.time()],
             "memory_gb": [resident_gb()],
         }
 
+    def _encode(
+        self, pixels: NDArray[np.uint8] | torch.Tensor
+    ) -> tuple[NDArray[np.float32], float]:
+        """Embeddings, and the seconds of all passes together."""
+
+        def encode(start: int) -> tuple[NDArray[np.float32], float]:
+            begun = time.perf_counter()
+            some = pixels[start : start + self._at_once]
+            embedding = self._encoder.encode_images(some, batch_size=self._batch_size)
+            return embedding, time.perf_counter() - begun
+
+        done = self._passes.map(encode, range(0, len(pixels), self._at_once))
+        embeddings, seconds = zip(*done, strict=True)
+        return np.concatenate(embeddings), sum(seconds)
+
     @staticmethod
-    def _decode(batch: dict[str, Any], decoder: GpuDecoder) -> dict[str, Any]:
-        """The batch with pixels on the device, and with the errors of decoding."""
+    def _decode(batch: dict[str, Any], decoder: GpuDecoder) -> tuple[dict[str, Any], float]:
+        """The batch with pixels on the device and with the errors of decoding; its seconds."""
+        begun = time.perf_counter()
         step, error = (batch[name].astype(object) for name in ("step", "error"))
         read = np.flatnonzero(error == "")
         pixels, errors = decoder([batch["file"][row] for row in read])
@@ -207,7 +228,8 @@ class EncodePixels:
         step[read[bad]], error[read] = "decode", errors
         everything = pixels.new_zeros(len(error), *pixels.shape[1:])
         everything[torch.from_numpy(read)] = pixels
-        return {**batch, "pixels": everything, "step": step, "error": error}
+        decoded = {**batch, "pixels": everything, "step": step, "error": error}
+        return decoded, time.perf_counter() - begun
 
 
 @dataclass
@@ -223,6 +245,7 @@ class _Filled:
     """When encoding of a batch began and ended, and its images."""
     read_s: float = 0.0
     decode_s: float = 0.0
+    encode_s: float = 0.0
     workers: "_Workers | None" = None
 
     def add(self, report: dict[str, Any]) -> None:
@@ -235,6 +258,7 @@ class _Filled:
         self.batches.append((report["began"], report["ended"], report["rows"]))
         self.read_s += report["read_s"]
         self.decode_s += report["decode_s"]
+        self.encode_s += report["encode_s"]
 
     def failures(self) -> pa.Table:
         """The images that failed, sorted."""
@@ -249,11 +273,10 @@ class _Filled:
         whole, n = ended[-1] - ended[0], self.n_seen - rows[0]
         if not n:
             whole, n = ended[0] - began[0], rows[0]
-        encode_s = sum(ended) - sum(began)
         able = {
             "download": READS_IN_FLIGHT * self.workers.n_decoders / max(self.read_s, 1e-9),
             "decode": self.workers.n_decoders / max(self.decode_s, 1e-9),
-            "encode": self.workers.n_encoders / encode_s,
+            "encode": self.workers.n_passes / max(self.encode_s, 1e-9),
         }
         rates = {f"{step}_per_s": round(rate * self.n_seen, 1) for step, rate in able.items()}
         return {
@@ -273,6 +296,8 @@ class _Workers:
     encoder_cpus: float
     encoder_gpus: int
     n_decoders: int
+    n_passes: int
+    """Passes at a time of all encoders."""
     grows: bool
     """Whether more encoders start when the cluster grows."""
 
@@ -290,14 +315,19 @@ class _Workers:
         reserved = reserved if reserved <= 1 else float(int(reserved))
         n_decoders = max(1, int((sum(cpus) - n * reserved) / DECODE_CPUS))
         grows = bool(n_gpus) and n_encoders is None
-        return cls(n, n_threads, reserved, min(n_gpus, 1), n_decoders, grows)
+        n_passes = n if n_gpus else n * n_threads
+        return cls(n, n_threads, reserved, min(n_gpus, 1), n_decoders, n_passes, grows)
 
     @property
     def pool(self) -> ActorPoolStrategy:
-        """The encoders, all of them from the start: Ray adds actors late, if at all."""
+        """The encoders, all of them from the start: Ray adds actors late, if at all.
+
+        Each takes two blocks at a time, so that its cores do not wait while one ends.
+        """
+        several = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
         if self.grows:
-            return ActorPoolStrategy(min_size=self.n_encoders, max_size=None)
-        return ActorPoolStrategy(size=self.n_encoders)
+            return ActorPoolStrategy(min_size=self.n_encoders, max_size=None, **several)
+        return ActorPoolStrategy(size=self.n_encoders, **several)
 
 
 def _fill(

@@ -139,8 +139,8 @@ def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
                 kill_at(start(*command, **aws(proxy)), n)
                 time.sleep(2)  # what is left of its cluster ends
             finish(start(*command, **aws(proxy)))
-            # In flight at a kill: what one actor had been given and had not yet stored.
-            assert 3000 <= encoded(counts) <= 3000 + 2 * BATCH_ROWS
+            # In flight at each of two kills: the two blocks an actor has and has not stored.
+            assert 3000 <= encoded(counts) <= 3000 + 2 * 2 * BATCH_ROWS
 
             before = encoded(counts)
             changed = random.sample(sorted(content), 50)
