@@ -10,7 +10,8 @@
 | list | the stage on a flat prefix, over HTTP | one call after the other |
 
 One JSON object a line. The loop decodes the images of a batch on as many threads as it encodes
-with; it does half of the images before the stage and half after, since machines drift. The bucket is a server on this machine that waits `--latency-ms` before each answer.
+with; it does half of the images before the stage and half after, since machines drift. The bucket
+is a server on this machine that waits `--latency-ms` before each answer.
 """
 
 import json
