@@ -201,7 +201,7 @@ def loop(paths: list[Path], spec: EncoderSpec, n_threads: int) -> tuple[NDArray[
         return np.concatenate(found), time.perf_counter() - start
 
 
-def texts(spec: EncoderSpec, n_nouns: int, batch_size: int = 256) -> Line:
+def texts(spec: EncoderSpec, n_nouns: int, batch_size: int = 64) -> Line:
     """The text tower on short texts against batches of its whole context."""
     nouns = load_nouns("wordnet", "clean")
     chosen = nouns[:: len(nouns) // n_nouns][:n_nouns]

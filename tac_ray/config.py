@@ -81,8 +81,9 @@ class EmbedNounsConfig:
     with one noun a line, such as the class names."""
     noun_form: Literal["clean", "raw"] = "clean"
     """clean: distinct nouns, underscores to spaces. raw: every (synset, lemma) row as it is."""
-    text_batch_size: int = _unhashed(256)
-    """Prompts a forward pass."""
+    text_batch_size: int | None = _unhashed(None)
+    """Prompts a forward pass. Default 256 on a GPU, 64 on CPU, where larger ones leave the cache
+    and hold more padding."""
 
     def __post_init__(self) -> None:
         _at_least(self, text_batch_size=1)

@@ -77,12 +77,12 @@ def embed_nouns(
 class TextEncoder:
     """One text tower on one device."""
 
-    def __init__(self, spec: EncoderSpec, batch_size: int, n_threads: int) -> None:
+    def __init__(self, spec: EncoderSpec, batch_size: int | None, n_threads: int) -> None:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(n_threads)
         self._encoder = spec.load("cuda" if on_gpu else "cpu")
-        self._batch_size = batch_size
+        self._batch_size = batch_size or (256 if on_gpu else 64)
 
     def encode(self, nouns: list[str]) -> tuple[NDArray[np.float16], float, float]:
         """Embeddings (n, d), seconds taken, and resident memory in GB."""

@@ -1,9 +1,14 @@
 """A job that lists a place and embeds it, tells how far it is, and counts what its encoder saw.
 
 python -m tests.integration.embed_job PLACE STORE [ENCODER COUNTS]
+
+Its cluster has as many GPUs, by name only, as the environment's JOB_GPUS says; at the end it tells
+how many of them are free.
 """
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,7 @@ def main(place: str, store_path: str, model: str = "", counts: str = "") -> None
     ray.init(
         "local",
         num_cpus=2,
+        num_gpus=int(os.environ.get("JOB_GPUS", "0")),
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"worker_process_setup_hook": count_images},
@@ -63,6 +69,8 @@ def main(place: str, store_path: str, model: str = "", counts: str = "") -> None
     spec = EncoderSpec(model=model, pretrained=None, precision="fp32")
     config = EmbedImagesConfig(part_rows=1000, max_failures=0.2)
     embed_images(store, config, spec, spec.load(), listed)
+    time.sleep(1)  # Ray learns of its resources once a second or so
+    print(f"gpus free {ray.available_resources().get('GPU', 0):g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,17 @@ def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
     assert np.abs(expected[1:] - expected[:-1]).max(axis=1).min() > 2e-3
 
 
+def test_gpus_are_free_again_at_the_end(tiny_encoder_dir: Path, tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    command = (str(folder), str(tmp_path / "store"), f"local-dir:{tiny_encoder_dir}")
+    lines = finish(start(*command, tmp_path / "counts", JOB_GPUS="2"))
+    assert encoded(tmp_path / "counts") == 5
+    assert lines[-1] == "gpus free 2"
+
+
 class PrivateMemory(threading.Thread):
     """The largest private memory of a process and of each of its workers, in MB."""
 
