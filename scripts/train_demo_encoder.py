@@ -44,7 +44,7 @@ from render_demo import DEMO, FONT, TRAINING_STREAM, demo_glyphs, glyph_image, p
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tac_ray.encoders.clip import short_text_forward
+from tac_ray.encoders.clip import packed_text_forward
 from tac_ray.encoders.prompts import PROMPT_TEMPLATES
 
 IMAGE_SIZE = 64
@@ -132,7 +132,7 @@ class Prompter:
 
 def encode_texts(model: open_clip.CLIP, tokens: Tensor) -> Tensor:
     """Unit-norm embeddings of rows that may be shorter than the context, (n, d)."""
-    return F.normalize(short_text_forward(model, tokens).float(), dim=-1)
+    return F.normalize(packed_text_forward(model, tokens, n_shared=1).float(), dim=-1)
 
 
 def encode_images(model: open_clip.CLIP, pixels: Tensor) -> Tensor:

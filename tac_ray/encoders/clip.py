@@ -18,6 +18,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torchvision import transforms
 
+from tac_ray.encoders.prompts import prompts
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -145,31 +147,43 @@ class Encoder:
             batch = batch.to(self.device, non_blocking=True)
             yield F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
 
+    def encode_prompts(self, nouns: Sequence[str], *, batch_size: int) -> Tensor:
+        """Embeddings of nouns in every prompt template, (n_nouns, n_templates, d).
+
+        As `encode_texts` gives them, a template at a time, so that what its prompts begin with is
+        computed once a row.
+        """
+        by_template = zip(*map(prompts, nouns), strict=True)
+        encoded = [self.encode_texts(texts, batch_size=batch_size) for texts in by_template]
+        return torch.stack(encoded, dim=1)
+
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int) -> Tensor:
         """Embeddings as the text tower gives them, not normalized, (n, d) float32 on the CPU.
 
-        Texts are sorted by length and each batch is cut at its longest, where the tower is causal
-        and reads the end-of-text position, so that padding after it changes nothing. Other towers
-        run at full length.
+        Where the tower is causal and reads the end-of-text position, texts are sorted by length,
+        each batch is cut at its longest, which changes nothing, and the tokens that all texts
+        begin with are shared (see `packed_text_forward`). Other towers run at full length.
         """
         tokens = self._tokenize(list(texts))
         tower = _text_tower(self._model)
-        lengths = _text_lengths(tower, tokens)
+        packs = _reads_end_of_text(tower)
+        lengths = tokens.argmax(dim=1) + 1 if packs else torch.full((len(tokens),), tokens.shape[1])
+        same = (tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()
+        n_shared = min(int(same), int(lengths.min()) - 1)
         out = torch.empty(0)
         order = torch.argsort(lengths, stable=True)
         for rows in order.split(batch_size):
-            batch = tokens[rows, : int(lengths[rows[-1]])]
-            batch = F.pad(batch, (0, 0, 0, batch_size - len(rows))).to(self.device)
+            batch = tokens[rows, : int(lengths[rows[-1]])].to(self.device)
             with self._autocast():
                 embedding = (
-                    short_text_forward(tower, batch)
-                    if batch.shape[1] < tokens.shape[1]
+                    packed_text_forward(tower, batch, n_shared)
+                    if packs
                     else self._model.encode_text(batch)
                 )
             if not len(out):
                 out = torch.empty(len(texts), embedding.shape[1])
-            out[rows] = embedding[: len(rows)].float().cpu()
+            out[rows] = embedding.float().cpu()
         return out
 
     def _autocast(self) -> torch.autocast:
@@ -290,34 +304,51 @@ def _text_tower(model: Any) -> Any:
     return getattr(model, "text", model)
 
 
-def _text_lengths(tower: Any, tokens: Tensor) -> Tensor:
-    """Positions each text needs: up to its end-of-text token if the tower allows it, else all."""
-    full = torch.full((len(tokens),), tokens.shape[1])
+def _reads_end_of_text(tower: Any) -> bool:
+    """Whether nothing behind its end-of-text token has a part in the embedding of a text."""
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     causal = isinstance(getattr(tower, "attn_mask", None), Tensor)
     plain = isinstance(getattr(tower, "transformer", None), nn.Module) and hasattr(
         tower, "token_embedding"
     )
-    if not (causal and plain and pool == "argmax" and getattr(tower, "cls_emb", None) is None):
-        return full
-    return tokens.argmax(dim=1) + 1
+    return causal and plain and pool == "argmax" and getattr(tower, "cls_emb", None) is None
 
 
-def short_text_forward(tower: Any, tokens: Tensor) -> Tensor:
-    """The text tower on fewer positions than its context: positions and mask are sliced.
+def packed_text_forward(tower: Any, tokens: Tensor, n_shared: int) -> Tensor:
+    """The text tower on fewer positions than its context, several texts in each.
+
+    The tokens that all texts begin with stand once at the head of a row, the rest of as many texts
+    as the context holds behind it, each at the positions it would have alone. The mask lets a text
+    see the head and itself, so every token attends to what it would attend to alone.
 
     Args:
         tower: a causal text tower of open_clip that reads the end-of-text position.
         tokens: texts of one length, padded after their end-of-text token, (n, length).
+        n_shared: leading tokens that are the same in all, fewer than the shortest text has.
 
     Returns:
         Embeddings as the tower gives them, not normalized, (n, d).
+
+    Cost: one forward of about n (length - n_shared) tokens.
     """
-    length = tokens.shape[1]
+    head, tails = tokens[0, :n_shared], tokens[:, n_shared:]
+    length = tails.shape[1]
+    n_rows = -(-len(tails) // max(1, (len(tower.positional_embedding) - n_shared) // length))
+    n_packed = -(-len(tails) // n_rows)
+    filled = F.pad(tails, (0, 0, 0, n_rows * n_packed - len(tails)))
+    packed = torch.cat([head.expand(n_rows, -1), filled.reshape(n_rows, -1)], dim=1)
+    place = torch.arange(packed.shape[1], device=tokens.device) - n_shared
+    position = torch.where(place < 0, place, place % length) + n_shared
+    text = torch.where(place < 0, -1, place // length)
+    seen = (text == -1) | (text == text[:, None])
+    hidden = ~(seen & (position <= position[:, None]))
     dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
-    x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=tokens.device)
+    mask.masked_fill_(hidden, float("-inf"))
+    x = tower.token_embedding(packed).to(dtype) + tower.positional_embedding[position].to(dtype)
+    x = tower.ln_final(tower.transformer(x, attn_mask=mask))
+    x = x[:, n_shared:].reshape(n_rows * n_packed, length, -1)[: len(tails)]
+    x = x[torch.arange(len(x), device=x.device), tails.argmax(dim=1)]
     projection = tower.text_projection
     if projection is None:
         return x

@@ -17,10 +17,10 @@ from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of, resident_gb
 from tac_ray.config import EmbedNounsConfig
 from tac_ray.encoders.clip import EncoderSpec
-from tac_ray.encoders.prompts import PROMPT_TEMPLATES, prompts
+from tac_ray.encoders.prompts import PROMPT_TEMPLATES
 
 BLOCK_NOUNS = 1024
-"""Distinct nouns an actor takes at a time; their prompts are sorted by length together."""
+"""Distinct nouns an actor takes at a time; the prompts of a template are sorted together."""
 PART_NOUNS = 32_768
 
 
@@ -67,7 +67,7 @@ def embed_nouns(
 
     return store.run_stage(
         "embed_nouns",
-        version=1,
+        version=2,
         options={"templates": list(PROMPT_TEMPLATES)},
         inputs=[text_fingerprint, hash_of(nouns)],
         write=write,
@@ -87,10 +87,8 @@ class TextEncoder:
     def encode(self, nouns: list[str]) -> tuple[NDArray[np.float16], float, float]:
         """Embeddings (n, d), seconds taken, and resident memory in GB."""
         start = time.perf_counter()
-        texts = [prompt for noun in nouns for prompt in prompts(noun)]
-        embedding = self._encoder.encode_texts(texts, batch_size=self._batch_size)
-        grouped = embedding.reshape(len(nouns), len(PROMPT_TEMPLATES), -1)
-        half = mean_over_templates(grouped).half().numpy()
+        embedding = self._encoder.encode_prompts(nouns, batch_size=self._batch_size)
+        half = mean_over_templates(embedding).half().numpy()
         return half, time.perf_counter() - start, resident_gb()
 
 

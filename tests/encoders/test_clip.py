@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
+from tac_ray.encoders.prompts import prompts
 
 TEXTS = [
     "a photo of a very old and rather small wooden church on a hill.",
@@ -96,7 +97,7 @@ def test_texts_equal_open_clip_in_any_order_and_length(encoder, peer, batch_size
 
 
 def positions_run(encoder: Encoder, texts: list[str], batch_size: int) -> list[tuple[int, int]]:
-    """Batch size and token positions of every pass through the text transformer."""
+    """Rows and token positions of every pass through the text transformer."""
     seen = []
     tower = getattr(encoder._model, "text", encoder._model)
     hook = tower.transformer.register_forward_pre_hook(
@@ -109,11 +110,23 @@ def positions_run(encoder: Encoder, texts: list[str], batch_size: int) -> list[t
     return seen
 
 
-def test_batches_of_texts_are_cut_at_their_longest(encoder):
-    # "dog" has a start, one word and an end.
+def test_batches_of_texts_are_cut_at_their_longest_and_share_their_head(encoder):
+    # "dog" has a start, one word and an end; the start and the first word are in all.
     texts = ["dog " * 100, "dog", "dog dog", "dog", "dog " * 9, "dog"]
-    assert positions_run(encoder, texts, batch_size=2) == [(2, 3), (2, 4), (2, 77)]
-    assert positions_run(encoder, ["dog", "dog dog", "dog " * 4], batch_size=2) == [(2, 4), (2, 6)]
+    heads_and_tails = [(1, 2 + 2 * 1), (1, 2 + 2 * 2), (2, 2 + 75)]
+    assert positions_run(encoder, texts, batch_size=2) == heads_and_tails
+    texts = ["dog", "cat dog", "dog " * 4]
+    assert positions_run(encoder, texts, batch_size=2) == [(1, 1 + 2 * 3), (1, 1 + 5)]
+    # As many in a row as the context of 77 holds, and as few rows.
+    assert positions_run(encoder, ["dog"] * 100, batch_size=100) == [(2, 2 + 50)]
+
+
+def test_prompts_equal_open_clip_whatever_shares_a_row(encoder, peer):
+    nouns = ["dog", "tench", "sulphur-crested cockatoo", "bridge", "x"] * 5
+    got = encoder.encode_prompts(nouns, batch_size=7)
+    expected = peer_texts(peer, [prompt for noun in nouns for prompt in prompts(noun)])
+    assert got.shape == (25, 7, 16)
+    torch.testing.assert_close(got.reshape(175, -1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +141,7 @@ def test_batches_of_texts_are_cut_at_their_longest(encoder):
 def test_towers_that_look_past_the_end_of_text_run_at_full_length(make_encoder_dir, config):
     folder = make_encoder_dir(**config)
     encoder = load(folder)
-    assert positions_run(encoder, TEXTS, batch_size=4) == [(4, 77)] * 3
+    assert positions_run(encoder, TEXTS, batch_size=4) == [(4, 77), (4, 77), (2, 77)]
     expected = peer_texts(open_clip_model(folder), TEXTS)
     got = encoder.encode_texts(TEXTS, batch_size=4)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
