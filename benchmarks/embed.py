@@ -22,9 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,14 @@ from typing import Any
 import numpy as np
 import open_clip
 import psutil
-import ray
 import torch
 import tyro
 from botocore.session import get_session
 from numpy.typing import NDArray
 from PIL import Image
+from session import Silent, ray_session
 from torch import Tensor
 
-from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.store import Store
 from tac_ray.config import EmbedImagesConfig
@@ -75,22 +73,6 @@ class Options:
     """Of each call that lists."""
     quick: bool = False
     """Little of everything."""
-
-
-class Silent:
-    """A progress that shows nothing: standard output is for the figures."""
-
-    def start(self, title: str, total: int | None, unit: str) -> None:
-        """Say nothing."""
-
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """Say nothing."""
-
-    def finish(self, title: str, artifact: Artifact) -> None:
-        """Say nothing."""
-
-    def say(self, text: str) -> None:
-        """Say nothing."""
 
 
 def main(options: Options) -> None:
@@ -278,20 +260,6 @@ def listing(folder: str, n_keys: int, latency_ms: float) -> Line:
         "latency_ms": latency_ms,
         "peak_rss_gb": listed.manifest.peak_memory_gb,
     }
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray on this machine, its lines kept out of the output; one that runs already is used."""
-    started = not ray.is_initialized()
-    if started:
-        ray.init("local", include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def resident_gb() -> float:

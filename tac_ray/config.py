@@ -105,6 +105,12 @@ class KMeansConfig:
     max_points_per_centroid: int | None = None
     """Fit on a sample of at most this many rows a centroid (FAISS silently takes 256); default
     all rows."""
+    seeding: Literal["random", "spread"] = "random"
+    """Start from random rows, or from rows far apart (k-means++ among ten random ones a centroid).
+    """
+    prune: bool = True
+    """Let passes on CPU skip centroids that are unlikely to be the nearest, where that is faster;
+    the last pass compares all."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -121,6 +127,9 @@ class KMeansConfig:
 class SelectNounsConfig:
     """The text space: semantic centroids and their nouns (Eq. 2-6)."""
 
+    centroid_method: Literal["kmeans", "agglomerative", "spectral", "dbscan", "none"] = "kmeans"
+    """What finds the semantic centroids. All but kmeans are for comparison on small collections;
+    none keeps all nouns."""
     n_centroids: int | None = None
     """k; default max(N / images_per_centroid, centroids_per_cluster * K) (Eq. 2)."""
     images_per_centroid: int = 300
@@ -171,9 +180,24 @@ class FindNeighborsConfig:
     self_neighbor: Literal["row", "first_column"] = "row"
     """How an image is kept from being its own neighbor: by its row, or by dropping the first
     result (published code; wrong for duplicates)."""
+    search: Literal["auto", "exact", "join"] = "auto"
+    """exact compares all pairs; join compares those in nearby lists, and misses a few; auto is
+    exact up to `exact_up_to` images."""
+    exact_up_to: int = 300_000
+    """Images that auto compares exactly: some minutes on 8 cores, growing with the square."""
+    recall: float = 0.95
+    """Share of the true neighbors that a join should find."""
 
     def __post_init__(self) -> None:
-        _at_least(self, n_neighbors=1)
+        _at_least(self, n_neighbors=1, exact_up_to=0)
+        if not 0 < self.recall <= 1:
+            raise ValueError(
+                f"recall={self.recall} should be above 0 and at most 1; change --recall"
+            )
+
+    def joins(self, n_rows: int) -> bool:
+        """Whether neighbors of so many rows are found by a join."""
+        return self.search == "join" or (self.search == "auto" and n_rows > self.exact_up_to)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import ray
 import ray.data
 
 from tac_ray.algorithm.nouns import n_semantic_centroids
+from tac_ray.algorithm.small import check_small
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
@@ -31,7 +32,7 @@ from tac_ray.stages.build_counterparts import build_counterparts
 from tac_ray.stages.embed_images import embed_images
 from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.evaluate import evaluate, read_scores
-from tac_ray.stages.find_centroids import find_centroids
+from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
 from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
@@ -95,17 +96,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             embed_nouns(store, config.embed_nouns, spec, encoder.text_fingerprint, noun_list),
         )
         with ShardGroup(config.n_shards) as index:
-            centroids = find_centroids(
-                store,
-                config.kmeans,
-                index,
-                [images],
-                n_centroids=_n_centroids(config, images.n_rows),
-                restarts=config.kmeans.centroid_restarts,
-                seed=config.seed,
-                title="semantic",
-            )
-            steps.add("find_centroids", centroids)
+            centroids = _semantic_centroids(steps, index, images)
             selected = steps.add(
                 "select_nouns", select_nouns(store, config.select_nouns, centroids, nouns)
             )
@@ -118,7 +109,12 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             if "tac" in config.methods:
                 for kind, embeddings in (("image", images), ("text", counterparts)):
                     found = find_neighbors(
-                        store, config.find_neighbors, index, embeddings, title=kind
+                        store,
+                        config.find_neighbors,
+                        index,
+                        embeddings,
+                        seed=config.seed,
+                        title=kind,
                     )
                     neighbors.append(steps.add(f"find_neighbors:{kind}", found))
         if "tac" in config.methods:
@@ -271,6 +267,30 @@ class _Steps:
             )
 
 
+def _semantic_centroids(steps: _Steps, index: ShardGroup, images: Artifact) -> Artifact | None:
+    """The centroids that nouns are chosen by; None if all nouns are kept."""
+    config, method = steps.config, steps.config.select_nouns.centroid_method
+    if method == "none":
+        return None
+    n_centroids = _n_centroids(config, images.n_rows)
+    if method == "kmeans":
+        centroids = find_centroids(
+            steps.store,
+            config.kmeans,
+            index,
+            [images],
+            n_centroids=n_centroids,
+            restarts=config.kmeans.centroid_restarts,
+            seed=config.seed,
+            title="semantic",
+        )
+    else:
+        centroids = find_small_centroids(
+            steps.store, method, images, n_centroids=n_centroids, seed=config.seed
+        )
+    return steps.add("find_centroids", centroids)
+
+
 def _cluster_without_training(
     steps: _Steps, index: ShardGroup, images: Artifact, counterparts: Artifact, prefix: str = ""
 ) -> dict[Method, Model]:
@@ -378,6 +398,8 @@ def _check_sizes(config: TacConfig, n_images: int) -> None:
         raise ValueError(
             f"n_images={n_images} should be >= n_clusters={config.n_clusters}; lower --n-clusters"
         )
+    if config.select_nouns.centroid_method != "kmeans":
+        check_small(n_images, config.select_nouns.centroid_method)
     if "tac" in config.methods:
         check_batch(config.train_heads.resolve(config.n_clusters), n_images)
 

@@ -11,15 +11,25 @@ from numpy.typing import NDArray
 
 
 class Sums(NamedTuple):
-    """What one pass over rows says of their centroids. Adds up over shards."""
+    """What an assignment of rows says of their centroids. Adds up over shards."""
 
     sums: NDArray[np.float64]
     """Sum of the rows of each centroid, (k, d). Rows are float16, so float64 sums are exact
     below 2^29 rows a centroid whatever the order, and the number of shards leaves no trace."""
     counts: NDArray[np.int64]
     """Rows of each centroid, (k,)."""
-    objective: list[float]
-    """Sum of similarities of each part, in part order."""
+
+    def objective(self, centroids: NDArray[np.float32]) -> float:
+        """Mean similarity of a row and its centroid.
+
+        From the sums, since sum_i x_i . c = (sum_i x_i) . c: as exact as they are.
+        """
+        return float((self.sums * centroids).sum() / self.counts.sum())
+
+    def imbalance(self) -> float:
+        """Sum of k n_c^2 / N^2: 1 if all centroids have equally many rows, k if one has all."""
+        shares = self.counts / self.counts.sum()
+        return float(len(shares) * (shares**2).sum())
 
 
 def random_rows(n_rows: int, n: int, *, seed: int, restart: int) -> NDArray[np.int64]:
@@ -34,6 +44,73 @@ def random_rows(n_rows: int, n: int, *, seed: int, restart: int) -> NDArray[np.i
         )
     rng = np.random.default_rng([seed, restart])
     return np.sort(rng.choice(n_rows, size=n, replace=False, shuffle=False))
+
+
+def spread_rows(rows: NDArray[np.float32], n: int, *, seed: int, restart: int) -> NDArray[np.int64]:
+    """`n` of the rows, far apart: k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Each is drawn in proportion to 1 - its similarity to the nearest one drawn before, half its
+    squared distance; rows that equal one of those are drawn last.
+
+    Args:
+        rows: unit norm, (m, d), m >= n.
+        n: how many.
+        seed: of the draws.
+        restart: of k-means; another gives other rows.
+
+    Cost: 2 m n d operations.
+    """
+    rng = np.random.default_rng([seed, restart, 2])
+    drawn = np.empty(n, dtype=np.int64)
+    drawn[0] = rng.integers(len(rows))
+    distance = np.full(len(rows), 2.0)
+    for i in range(1, n):
+        newest = drawn[i - 1]
+        distance = np.minimum(distance, np.maximum(1 - rows @ rows[newest], 0))
+        distance[newest] = -1
+        weight = np.maximum(distance, 0)
+        if weight.any():
+            drawn[i] = rng.choice(len(rows), p=weight / weight.sum())
+        else:
+            drawn[i] = rng.choice(np.flatnonzero(distance == 0))
+    return drawn
+
+
+def rotation(width: int) -> NDArray[np.float32]:
+    """A random orthogonal matrix, (width, width), always the same one.
+
+    Turned by it, every coordinate says as much of a distance as any other, which is what pruning
+    by the first few needs.
+    """
+    normal = np.random.default_rng(0).standard_normal((width, width))
+    return np.linalg.qr(normal)[0].astype(np.float32)
+
+
+PRUNED_LOW, PRUNED_HIGH = 0.95, 0.97
+LOWEST_DEPTH = 16
+
+
+def first_depth(width: int) -> int | None:
+    """Coordinates that a pruned pass looks at first; None where rows are too short for one."""
+    return max(LOWEST_DEPTH, width // 8) if width >= 2 * LOWEST_DEPTH else None
+
+
+def next_depth(depth: int, width: int, pruned: float) -> int:
+    """Coordinates to look at first in the next pass.
+
+    Fewer when nearly all pairs were pruned by them, more when too few were: the rule and the
+    bounds of FAISS's SuperKMeans, here so that all shards follow one.
+
+    Args:
+        depth: coordinates of the last pass.
+        width: d.
+        pruned: share of the pairs (row, centroid) that needed no more than those coordinates.
+    """
+    if pruned > PRUNED_HIGH:
+        depth = round(depth * 0.8)
+    elif pruned < PRUNED_LOW:
+        depth = round(depth * 1.2)
+    return min(max(depth, LOWEST_DEPTH), width // 2)
 
 
 def normalize_rows(rows: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -1,20 +1,26 @@
 """All shards together: actors that own the rows of one or two aligned artifacts."""
 
-import math
+from collections import deque
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from tac_ray.algorithm.kmeans import Sums
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
 from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.storage import Folder
-from tac_ray.index.shard import PartSource, Shard, merge_top
+from tac_ray.index.shard import Found, PartSource, Pass, Shard, merge_top
+
+REBUILDS = 5
+"""Times that a step is repeated for shards that were lost in it; then something is wrong with the
+step itself, such as memory that does not suffice."""
+SEARCHES_IN_FLIGHT = 3
+"""Parts whose neighbors are searched or written at a time: shards do not wait for storage."""
 
 
 def part_sources(artifacts: list[Artifact]) -> list[PartSource]:
@@ -41,15 +47,22 @@ class ShardGroup:
     """Shard actors, started at the first `load` and kept until `close`.
 
     Rows go from storage to the shards and never through the driver. Shards hold runs of
-    neighboring parts; results do not depend on how many there are.
+    neighboring parts; results do not depend on how many there are. A shard that is lost is built
+    again from its parts, and what it was told since the last pass that compared everything is
+    told again, so that it goes on with the bits it had; the other shards keep what they have.
     """
 
     def __init__(self, n_shards: int | None = None) -> None:
         self._n_shards = n_shards
         self._shards: list[Any] = []
+        self._held: list[list[PartSource]] = []
+        self._told: list[tuple[str, tuple[Any, ...]]] = []
         self._loaded: list[str] | None = None
-        self._sources: list[PartSource] = []
-        self.peak_memory_gb = 0.0
+        self.sources: list[PartSource] = []
+        """The parts that are held."""
+        self.on_gpu = False
+        """Whether the shards compute on GPUs; known once they are loaded."""
+        self._memory_gb = 0.0
 
     def __enter__(self) -> "ShardGroup":
         return self
@@ -60,7 +73,18 @@ class ShardGroup:
     @property
     def n_rows(self) -> int:
         """Rows of all shards."""
-        return sum(source.n_rows for source in self._sources)
+        return sum(source.n_rows for source in self.sources)
+
+    @property
+    def width(self) -> int:
+        """d, the width of the rows."""
+        return self.rows(np.array([0])).shape[1]
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """Resident memory of the largest shard, now or when it was asked for before."""
+        self._memory_gb = max([self._memory_gb, *self._call("memory_gb")])
+        return self._memory_gb
 
     def load(self, artifacts: list[Artifact]) -> None:
         """Hold the rows of aligned artifacts, side by side."""
@@ -70,45 +94,47 @@ class ShardGroup:
             return
         self._start()
         self._loaded = None
-        self._sources = part_sources(artifacts)
-        held = np.array_split(np.arange(len(self._sources)), len(self._shards))
-        loading = [
-            shard.load.remote([self._sources[i] for i in indices])
-            for shard, indices in zip(self._shards, held, strict=True)
-        ]
-        self.peak_memory_gb = max(self.peak_memory_gb, *self._get(loading))
+        self.sources = part_sources(artifacts)
+        held = np.array_split(np.arange(len(self.sources)), len(self._shards))
+        self._held = [[self.sources[i] for i in indices] for indices in held]
+        self._told = []
+        self._call_each("load", [(held,) for held in self._held])
         self._loaded = fingerprints
 
     def use_rows(self, rows: NDArray[np.int64] | None) -> None:
-        """Let `assign` see only these rows; None for all."""
-        self._get([shard.use_rows.remote(rows) for shard in self._shards])
+        """Let `assign` see only these sorted rows; None for all."""
+        reference = None if rows is None else ray.put(rows)
+        self._call("use_rows", reference)
+        self._told = [("use_rows", (reference,))]
 
-    def assign(self, centroids: NDArray[np.float32]) -> tuple[Sums, int]:
-        """Sums of every centroid's rows over all shards, and how many rows moved.
+    def assign(self, centroids: NDArray[np.float32], depth: int | None = None) -> Pass:
+        """Give every row its nearest centroid.
+
+        Args:
+            centroids: unit norm, (k, d).
+            depth: coordinates a pruned pass looks at first; None compares everything.
 
         Cost: 2 N k d operations over all shards; 8 k d bytes from each to the driver.
         """
-        sums = np.zeros(centroids.shape)
-        counts = np.zeros(len(centroids), dtype=np.int64)
-        objective: list[float] = []
-        moved = 0
         reference = ray.put(centroids)
-        for part, n in self._get([s.assign.remote(reference) for s in self._shards]):
-            sums += part.sums
-            counts += part.counts
-            objective += part.objective
-            moved += n
-        return Sums(sums, counts, objective), moved
+        passes = self._call("assign", reference, depth)
+        if depth is None:
+            self._told = [told for told in self._told if told[0] == "use_rows"]
+        self._told.append(("assign", (reference, depth)))
+        return reduce(Pass.plus, passes)
 
     def assignment(self) -> list[NDArray[np.int32]]:
         """Centroid of every row at the last `assign`, a part at a time."""
-        parts = self._get([shard.assignment.remote() for shard in self._shards])
-        return [part for shard in parts for part in shard]
+        return [part for shard in self._call("assignment") for part in shard]
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of sorted global rows, (n, d) float32."""
-        found = self._get([shard.rows.remote(rows) for shard in self._shards])
-        return np.concatenate([values for _, values in found if len(values)])
+        return np.concatenate([found for found in self._call("rows", rows) if found.size])
+
+    def search(self, rows: NDArray[np.int64], n: int) -> Found:
+        """The `n` most similar rows of all for each of some sorted rows; itself is among them."""
+        queries = ray.put(self.rows(rows).astype(np.float16))
+        return merge_top(self._call("search", queries, n), n)
 
     def write_neighbors(self, folder: Folder, n: int, *, exclude: str) -> Iterator[Part]:
         """Write the `n` nearest rows of every row, part by part, aligned with the sources.
@@ -121,64 +147,131 @@ class ShardGroup:
         Yields:
             The parts, in order, as they are written.
         """
-        for source in self._sources:
+
+        def begin(source: PartSource) -> Any:
             found = [shard.search.remote(source, n + 1) for shard in self._shards]
-            yield ray.get(_write_neighbors.remote(folder, source, n, exclude, *found))
+            return _write_found.remote(folder, source, n, exclude, *found)
+
+        def finish(source: PartSource, writing: Any) -> Part:
+            for _ in range(REBUILDS):
+                try:
+                    return ray.get(writing)
+                except (RayActorError, RayTaskError) as error:
+                    if not _is_lost(error):
+                        raise
+                    self._call("assignment")  # builds what is lost
+                    writing = begin(source)
+            return ray.get(writing)
+
+        running: deque[tuple[PartSource, Any]] = deque()
+        for source in self.sources:
+            if len(running) == SEARCHES_IN_FLIGHT:
+                yield finish(*running.popleft())
+            running.append((source, begin(source)))
+        while running:
+            yield finish(*running.popleft())
 
     def close(self) -> None:
         """End the actors and give back what they hold."""
         for shard in self._shards:
             ray.kill(shard)
-        self._shards, self._loaded, self._sources = [], None, []
+        self._shards, self._loaded, self.sources = [], None, []
 
     def _start(self) -> None:
         if self._shards:
             return
-        cpus = int(ray.cluster_resources().get("CPU", 1))
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         nodes = sum(node["Alive"] for node in ray.nodes())
-        n_shards = self._n_shards or nodes
-        threads = max(1, cpus // n_shards)
+        n_shards = self._n_shards or gpus or nodes
+        self.on_gpu = 0 < n_shards <= gpus
         # Half the cores are reserved, so that tasks over parts find room beside the shards.
-        actor = ray.remote(Shard).options(
-            num_cpus=cpus / n_shards / 2, scheduling_strategy="SPREAD"
+        self._actor = ray.remote(Shard).options(
+            num_cpus=cpus / n_shards / 2,
+            num_gpus=1 if self.on_gpu else 0,
+            scheduling_strategy="SPREAD",
         )
-        self._shards = [actor.remote(threads) for _ in range(n_shards)]
+        self._n_threads = max(1, cpus // n_shards)
+        self._shards = [self._actor.remote(self._n_threads) for _ in range(n_shards)]
 
-    @staticmethod
-    def _get(references: list[Any]) -> list[Any]:
-        try:
-            return ray.get(references)
-        except RayTaskError as error:
-            if isinstance(error.cause, ValueError):
-                raise error.cause from error
-            raise
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """What each shard answers."""
+        return self._call_each(method, [arguments] * len(self._shards))
+
+    def _call_each(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        calls = [(i, method, mine) for i, mine in enumerate(arguments)]
+        begun = [self._begin(*call) for call in calls]
+        return [self._finish(answer, *call) for answer, call in zip(begun, calls, strict=True)]
+
+    def _begin(self, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._shards[shard], method).remote(*arguments)
+
+    def _finish(self, answer: Any, shard: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """The answer; from a new shard in place of this one if it was lost."""
+        for attempt in range(REBUILDS + 1):
+            try:
+                if attempt:
+                    self._rebuild(shard)
+                    answer = self._begin(shard, method, arguments)
+                return ray.get(answer)
+            except RayActorError:
+                if attempt == REBUILDS:
+                    raise
+            except RayTaskError as error:
+                if isinstance(error.cause, ValueError):
+                    raise error.cause from error
+                raise
+        raise AssertionError
+
+    def _rebuild(self, shard: int) -> None:
+        self._shards[shard] = self._actor.remote(self._n_threads)
+        if self._loaded is not None:
+            ray.get(self._begin(shard, "load", (self._held[shard],)))
+            for method, arguments in self._told:
+                ray.get(self._begin(shard, method, arguments))
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a task failed because a shard it waited for is gone."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return isinstance(cause, RayActorError)
 
 
 @ray.remote(num_cpus=0.5)
-def _write_neighbors(
+def _write_found(folder: Folder, source: PartSource, n: int, exclude: str, *found: Found) -> Part:
+    similarity, row = merge_top(found, n + 1)
+    return write_neighbors(folder, source, n, exclude, similarity, row)
+
+
+def write_neighbors(
     folder: Folder,
     source: PartSource,
     n: int,
     exclude: str,
-    *found: tuple[NDArray[np.float32], NDArray[np.int64]],
+    similarity: NDArray[np.float32],
+    row: NDArray[np.int64],
 ) -> Part:
-    similarity, rows = merge_top(found, n + 1)
+    """Write the neighbors of a part: of its n + 1 best rows, all but itself.
+
+    Args:
+        folder: where the part goes.
+        source: which rows these are the neighbors of.
+        n: neighbors of a row.
+        exclude: "row" leaves out the row itself; "first_column" drops the best hit.
+        similarity: of the best rows, (m, n + 1).
+        row: their global numbers, (m, n + 1).
+    """
     if exclude == "row":
-        itself = rows == (source.first_row + np.arange(len(rows)))[:, None]
+        itself = row == (source.first_row + np.arange(len(row)))[:, None]
         # A row that is not among its own best hits (duplicates before it) drops the last one.
         itself[~itself.any(axis=1), -1] = True
     else:
-        itself = np.zeros(rows.shape, dtype=bool)
+        itself = np.zeros(row.shape, dtype=bool)
         itself[:, 0] = True
     table = pa.table(
         {
-            "neighbor_row": matrix_column(rows[~itself].reshape(len(rows), n)),
-            "similarity": matrix_column(similarity[~itself].reshape(len(rows), n)),
+            "neighbor_row": matrix_column(row[~itself].reshape(len(row), n)),
+            "similarity": matrix_column(similarity[~itself].reshape(len(row), n)),
         }
     )
     return write_part(folder, source.index, table)
-
-
-def objective(sums: Sums) -> float:
-    """Mean similarity of a row and its centroid, added up exactly in part order."""
-    return math.fsum(sums.objective) / int(sums.counts.sum())

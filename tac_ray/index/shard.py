@@ -1,16 +1,19 @@
 """One shard: the rows of some parts, in memory, with FAISS over them."""
 
+import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tac_ray.algorithm.kmeans import Sums
+from tac_ray.algorithm.kmeans import Sums, rotation
 from tac_ray.artifacts.manifest import Part
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder
@@ -46,29 +49,93 @@ class PartSource:
         ]
         return torch.from_numpy(np.concatenate(arrays, axis=1))
 
+    def local(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the sorted global rows that lie in this part, counted from its first."""
+        first, last = np.searchsorted(rows, [self.first_row, self.first_row + self.n_rows])
+        return rows[first:last] - self.first_row
+
+
+GPU_MOST = 2048
+"""Results a query that FAISS finds on a GPU; beyond, torch sorts."""
+
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Similarity and row of the best rows of some queries, each (m, n)."""
+
+
+class Pass(NamedTuple):
+    """One pass over the rows of a shard, or of all. Adds up over shards."""
+
+    sums: Sums
+    moved: int
+    """Rows that have another centroid than before."""
+    n_pairs: int = 0
+    """Pairs of a row and a centroid that a pruned pass looked at."""
+    n_pruned: int = 0
+    """Those that it left after their first coordinates."""
+
+    def plus(self, other: "Pass") -> "Pass":
+        """Both together."""
+        sums = Sums(self.sums.sums + other.sums.sums, self.sums.counts + other.sums.counts)
+        rest = (mine + theirs for mine, theirs in zip(self[1:], other[1:], strict=True))
+        return Pass(sums, *rest)
+
+
+@dataclass
+class _Held:
+    """Rows of one part, and what k-means knows of them."""
+
+    source: PartSource
+    rows: Tensor
+    """All of them, (n, d) float16, on the shard's device."""
+    active: Tensor
+    """Those that k-means sees."""
+    centroid: NDArray[np.int32]
+    """Of each active row; -1 before the first pass."""
+    rotated: Tensor | None = None
+    """The active rows, rotated; made by the first pruned pass."""
+
+    def blocks(self) -> Iterator["_Block"]:
+        """The active rows, BLOCK_ROWS at a time."""
+        return (
+            _Block(self, slice(i, i + BLOCK_ROWS)) for i in range(0, len(self.active), BLOCK_ROWS)
+        )
+
+
+class _Block(NamedTuple):
+    held: _Held
+    rows: slice
+
 
 class Shard:
-    """Rows of some parts, float16 at rest.
+    """Rows of some parts, float16 at rest, on the GPU of the actor if it was given one.
 
-    Memory: 2 n d bytes, and for each thread a block of 4 BLOCK_ROWS (d + k) bytes.
+    Memory: 2 n d bytes, as much again while passes are pruned, 8 k d bytes of sums, and for each
+    thread a block of 8 BLOCK_ROWS (d + 1024) bytes.
     """
 
     def __init__(self, n_threads: int) -> None:
-        self._threads = ThreadPoolExecutor(n_threads, initializer=_single_threaded_blas)
-        self._parts: list[tuple[PartSource, torch.Tensor]] = []
-        self._active: list[torch.Tensor | None] = []
-        self._assignment: list[NDArray[np.int32]] = []
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # A GPU takes one block after the other.
+        n = 1 if self._device.type == "cuda" else n_threads
+        self._threads = ThreadPoolExecutor(n, initializer=_single_threaded)
+        self._parts: list[_Held] = []
+        self._sums: Sums | None = None
         self._lock = threading.Lock()
 
-    def load(self, sources: list[PartSource]) -> float:
-        """Take the rows of these parts in place of those held; gives resident memory in GB.
+    def memory_gb(self) -> float:
+        """Resident memory of this process, GB."""
+        return resident_gb()
+
+    def load(self, sources: list[PartSource]) -> None:
+        """Take the rows of these parts in place of those held.
 
         Raises:
             ValueError: a row is not finite or is zero.
         """
-        self._parts = []
-        self._parts = [(source, source.load()) for source in sources]
-        for source, rows in self._parts:
+        self._parts, self._sums = [], None
+        # On one thread, so that what reading needs beside the rows is there once.
+        for source in sources:
+            rows = source.load()
             bad = ~torch.isfinite(rows).all(dim=1) | (rows == 0).all(dim=1)
             if bad.any():
                 row = source.first_row + int(bad.nonzero()[0, 0])
@@ -76,131 +143,147 @@ class Shard:
                     f"embedding of row {row} is zero or not finite; {int(bad.sum())} such rows in "
                     f"part {source.index}; remove the artifact and embed again"
                 )
-        self.use_rows(None)
-        return resident_gb()
+            rows = rows.to(self._device)
+            self._parts.append(_Held(source, rows, rows, _unassigned(rows)))
 
     def use_rows(self, rows: NDArray[np.int64] | None) -> None:
-        """Let `assign` see only these global rows; None for all."""
-        self._active, self._assignment = [], []
-        for source, part in self._parts:
-            chosen = None
+        """Let `assign` see only these global rows, sorted; None for all."""
+        self._sums = None
+        for held in self._parts:
+            held.active, held.rotated = held.rows, None
             if rows is not None:
-                local = rows - source.first_row
-                inside = local[(local >= 0) & (local < len(part))]
-                chosen = part[torch.from_numpy(inside)]
-            self._active.append(chosen)
-            n = len(part if chosen is None else chosen)
-            self._assignment.append(np.full(n, -1, dtype=np.int32))
+                held.active = held.rows[torch.from_numpy(held.source.local(rows)).to(self._device)]
+            held.centroid = _unassigned(held.active)
 
-    def assign(self, centroids: NDArray[np.float32]) -> tuple[Sums, int]:
-        """Nearest centroid of every active row by inner product.
+    def assign(self, centroids: NDArray[np.float32], depth: int | None) -> Pass:
+        """Nearest centroid of every active row.
+
+        Args:
+            centroids: unit norm, (k, d).
+            depth: None compares every row with every centroid. A number lets FAISS's pruned pass
+                leave a pair after so many coordinates if the rest is unlikely to make it the
+                nearest; it starts from the centroids of the pass before, and is for CPUs.
 
         Returns:
-            Sums for the next centroids, and how many rows moved since the last call.
+            Sums of the rows of each centroid, how many rows moved, and what was pruned.
+
+        Cost: 2 n k d operations, or about 2 n k depth; sums cost d for each row that moved.
         """
-        k, d = centroids.shape
-        sums, counts = np.zeros((k, d)), np.zeros(k, dtype=np.int64)
-        blocks = []
-        for i, (_, part) in enumerate(self._parts):
-            active = self._active[i]
-            rows = part if active is None else active
-            blocks += [
-                (i, start, rows[start : start + BLOCK_ROWS])
-                for start in range(0, len(rows), BLOCK_ROWS)
-            ]
+        if self._sums is None or self._sums.sums.shape != centroids.shape:
+            self._sums = Sums(np.zeros(centroids.shape), np.zeros(len(centroids), dtype=np.int64))
+            for held in self._parts:
+                held.centroid = _unassigned(held.active)
+        total = self._sums
+        near: Callable[[_Block], tuple[NDArray[np.int32], int, int]]
+        near = _Exact(centroids, self._device) if depth is None else _Pruned(centroids, depth)
 
-        def one(block: tuple[int, int, torch.Tensor]) -> tuple[int, float, int]:
-            i, start, rows = block
-            wide = rows.float()
-            similarity, nearest = faiss.knn(
-                wide.numpy(), centroids, 1, metric=faiss.METRIC_INNER_PRODUCT
-            )
-            ids = nearest[:, 0]
-            before = self._assignment[i][start : start + len(ids)]
-            moved = int((before != ids).sum())
-            before[:] = ids
-            present, block_sums, block_counts = _sum_by_id(wide, ids)
+        def one(block: _Block) -> tuple[int, int, int]:
+            centroid, n_pairs, n_pruned = near(block)
+            before = block.held.centroid[block.rows]
+            moved = np.flatnonzero(before != centroid)
+            rows = block.held.active[block.rows][torch.from_numpy(moved).to(self._device)]
+            present, sums, counts = _difference(rows, before[moved], centroid[moved])
             with self._lock:
-                sums[present] += block_sums
-                counts[present] += block_counts
-            return i, float(similarity.astype(np.float64).sum()), moved
+                total.sums[present] += sums
+                total.counts[present] += counts
+            before[:] = centroid
+            return len(moved), n_pairs, n_pruned
 
-        objective = [0.0] * len(self._parts)
-        moved = 0
-        for i, value, n in self._threads.map(one, blocks):
-            objective[i] += value
-            moved += n
-        return Sums(sums, counts, objective), moved
+        blocks = [block for held in self._parts for block in held.blocks()]
+        if depth is not None:
+            list(self._threads.map(_rotate, self._parts))
+        done = list(self._threads.map(one, blocks))
+        so_far = Sums(total.sums.copy(), total.counts.copy())
+        return Pass(so_far, *(sum(figures) for figures in zip((0, 0, 0), *done, strict=True)))
 
     def assignment(self) -> list[NDArray[np.int32]]:
-        """Centroid of every row at the last `assign`, a part at a time."""
-        return self._assignment
+        """Centroid of every active row at the last `assign`, a part at a time."""
+        return [held.centroid for held in self._parts]
 
-    def rows(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Those of the global rows that this shard holds: their numbers and embeddings."""
-        found, values = [np.zeros(0, dtype=np.int64)], []
-        for source, part in self._parts:
-            local = rows - source.first_row
-            inside = local[(local >= 0) & (local < len(part))]
-            found.append(inside + source.first_row)
-            values.append(part[torch.from_numpy(inside)].float().numpy())
-        embeddings = np.concatenate(values) if values else np.zeros((0, 0), dtype=np.float32)
-        return np.concatenate(found), embeddings
+    def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embeddings of those of the sorted global rows that this shard holds, (n, d) float32."""
+        found = [np.zeros((0, 0), dtype=np.float32)]
+        for held in self._parts:
+            local = torch.from_numpy(held.source.local(rows)).to(self._device)
+            if len(local):
+                found.append(held.rows[local].float().cpu().numpy())
+        return np.concatenate(found[1:] or found)
 
-    def search(self, source: PartSource, n: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The `n` most similar rows of this shard for every row of a part.
+    def search(self, queries: PartSource | NDArray[np.float16], n: int) -> Found:
+        """The `n` most similar rows of this shard for every row of a part, or for other rows.
 
         Returns:
-            similarity and global row, each (rows of the part, at most n), best first, ties by
-            row number.
+            similarity and global row, each (queries, at most n), best first, ties by row number.
 
         Cost: 2 n_queries n_rows d operations; memory a part widened to float32 a thread.
         """
+        rows = queries.load() if isinstance(queries, PartSource) else torch.tensor(queries)
         if not self._parts:
-            nothing = np.zeros((source.n_rows, 0))
+            nothing = np.zeros((len(rows), 0))
             return nothing.astype(np.float32), nothing.astype(np.int64)
-        queries = source.load()
-        blocks = [queries[i : i + BLOCK_ROWS] for i in range(0, len(queries), BLOCK_ROWS)]
+        blocks = rows.to(self._device).split(BLOCK_ROWS)
 
-        def one(block: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            wide = block.float().numpy()
+        def one(block: Tensor) -> Found:
             found = []
-            for held, part in self._parts:
-                similarity, row = _top_rows(wide, part.float().numpy(), n)
-                found.append((similarity, row + held.first_row))
+            for held in self._parts:
+                similarity, row = top_rows(block, held.rows, n)
+                found.append((similarity, row + held.source.first_row))
             return merge_top(found, n)
 
-        results = list(self._threads.map(one, blocks))
-        return (
-            np.concatenate([similarity for similarity, _ in results]),
-            np.concatenate([row for _, row in results]),
-        )
+        similarity, row = zip(*self._threads.map(one, blocks), strict=True)
+        return np.concatenate(similarity), np.concatenate(row)
 
 
-def _top_rows(
-    queries: NDArray[np.float32], rows: NDArray[np.float32], n: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Best `n` rows of each query, ties by row number also at the cut.
+def top_rows(queries: Tensor, rows: Tensor, n: int) -> Found:
+    """Best `n` of the rows for each query, on the device they are on.
 
-    FAISS keeps any of the rows that are tied for the last places, so queries with such a tie are
-    searched again for all rows.
+    Ties go to the smaller row, also at the cut: FAISS keeps any of the rows that are tied for the
+    last places, so queries with such a tie are searched again for all rows.
+
+    Args:
+        queries: (m, d) float16.
+        rows: (r, d) float16.
+        n: how many, at most.
+
+    Returns:
+        similarity float32 and row int64, each (m, min(n, r)), best first.
+
+    Cost: 2 m r d operations. Memory on CPU: 4 (m + r) d bytes.
     """
-    metric = faiss.METRIC_INNER_PRODUCT
+    if not rows.is_cuda:
+        queries, rows = queries.float(), rows.float()
     if n >= len(rows):
-        return merge_top([faiss.knn(queries, rows, len(rows), metric=metric)], n)
-    similarity, row = merge_top([faiss.knn(queries, rows, n + 1, metric=metric)], n + 1)
+        return merge_top([_search(queries, rows, len(rows))], n)
+    similarity, row = merge_top([_search(queries, rows, n + 1)], n + 1)
     tied = np.flatnonzero(similarity[:, n - 1] == similarity[:, n])
     similarity, row = similarity[:, :n].copy(), row[:, :n].copy()
     for some in np.array_split(tied, len(tied) // TIED_QUERIES + 1):
         if len(some):
-            every = faiss.knn(queries[some], rows, len(rows), metric=metric)
+            every = _search(queries[torch.from_numpy(some).to(rows.device)], rows, len(rows))
             similarity[some], row[some] = merge_top([every], n)
     return similarity, row
 
 
-def merge_top(
-    found: Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]], n: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _search(queries: Tensor, rows: Tensor, n: int) -> Found:
+    metric = faiss.METRIC_INNER_PRODUCT
+    if not rows.is_cuda:
+        return faiss.knn(queries.numpy(), rows.numpy(), n, metric=metric)
+    if n > GPU_MOST:
+        similarity, row = (queries.float() @ rows.float().T).topk(n)
+    else:
+        similarity, row = faiss.knn_gpu(_gpu_memory(), queries, rows, n, metric=metric)
+    return similarity.cpu().numpy(), row.cpu().numpy()
+
+
+@functools.cache
+def _gpu_memory() -> Any:
+    """FAISS's working memory on this process's GPU."""
+    import faiss.contrib.torch_utils
+
+    return faiss.StandardGpuResources()
+
+
+def merge_top(found: Iterable[Found], n: int) -> Found:
     """The best `n` of several result lists: larger similarity first, ties by row number."""
     lists = list(found)
     similarity = np.concatenate([s for s, _ in lists], axis=1)
@@ -209,15 +292,96 @@ def merge_top(
     return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
 
 
-def _sum_by_id(
-    rows: torch.Tensor, ids: NDArray[np.int64]
+class _Exact:
+    """Nearest centroids of blocks, compared with all; of equally near ones the first."""
+
+    def __init__(self, centroids: NDArray[np.float32], device: torch.device) -> None:
+        self._centroids = torch.from_numpy(centroids).to(device)
+
+    def __call__(self, block: _Block) -> tuple[NDArray[np.int32], int, int]:
+        rows = block.held.active[block.rows].float()
+        if rows.is_cuda:
+            nearest = (rows @ self._centroids.T).argmax(dim=1).cpu().numpy()
+        else:
+            metric = faiss.METRIC_INNER_PRODUCT
+            nearest = faiss.knn(rows.numpy(), self._centroids.numpy(), 1, metric=metric)[1][:, 0]
+        return nearest.astype(np.int32), 0, 0
+
+
+class _Pruned:
+    """Nearest centroids of blocks by FAISS's pruned pass, on rotated rows.
+
+    FAISS compares L2 distances, which for centroids of one norm finds the largest inner product.
+    """
+
+    def __init__(self, centroids: NDArray[np.float32], depth: int) -> None:
+        width = centroids.shape[1]
+        self._centroids = torch.from_numpy(centroids @ rotation(width))
+        self._depth = depth
+        self._parameters = faiss.SuperKMeansParameters()
+        significance = self._parameters.ad_epsilon_factor / width
+        self._thresholds = faiss.vector_to_array(
+            faiss.precompute_ad_thresholds(width, significance)
+        )
+
+    def __call__(self, block: _Block) -> tuple[NDArray[np.int32], int, int]:
+        assert block.held.rotated is not None
+        rows = block.held.rotated[block.rows].float()
+        nearest = block.held.centroid[block.rows].copy()
+        before = self._centroids[torch.from_numpy(nearest)]
+        distance = before.sub_(rows).square_().sum(dim=1)
+        n_pairs, n_pruned = faiss.super_kmeans_assign_iteration(
+            rows.numpy(),
+            self._centroids.numpy(),
+            distance.numpy(),
+            nearest,
+            self._depth,
+            self._thresholds,
+            self._parameters,
+        )
+        return nearest, n_pairs, n_pruned
+
+
+def _rotate(held: _Held) -> None:
+    """Rotate the active rows, if that is not done."""
+    if held.rotated is None:
+        turn = torch.from_numpy(rotation(held.active.shape[1]))
+        held.rotated = torch.cat(
+            [(rows.float() @ turn).half() for rows in held.active.split(BLOCK_ROWS)]
+        )
+
+
+def _difference(
+    rows: Tensor, before: NDArray[np.int32], after: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Distinct ids, and for each the exact float64 sum and the number of its rows."""
-    present, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(present), rows.shape[1], dtype=torch.float64)
-    sums.index_add_(0, torch.from_numpy(inverse), rows.double())
-    return present, sums.numpy(), counts
+    """What moving rows between centroids changes: ids, and of each its sum and its count.
+
+    Exact, so that sums kept up to date have the bits of sums made anew.
+
+    Args:
+        rows: (n, d) float16.
+        before: centroids they leave, (n,); -1 for none.
+        after: centroids they come to, (n,).
+    """
+    wide = rows.double()
+    leaving = np.flatnonzero(before >= 0)
+    present, inverse = np.unique(np.concatenate([after, before[leaving]]), return_inverse=True)
+    place = torch.from_numpy(inverse).to(rows.device)
+    sums = wide.new_zeros(len(present), rows.shape[1])
+    sums.index_add_(0, place[: len(rows)], wide)
+    sums.index_add_(
+        0, place[len(rows) :], wide[torch.from_numpy(leaving).to(rows.device)], alpha=-1
+    )
+    sign = np.where(np.arange(len(inverse)) < len(rows), 1, -1)
+    counts = np.bincount(inverse, sign, len(present)).astype(np.int64)
+    return present.astype(np.int64), sums.cpu().numpy(), counts
 
 
-def _single_threaded_blas() -> None:
+def _unassigned(rows: Tensor) -> NDArray[np.int32]:
+    return np.full(len(rows), -1, dtype=np.int32)
+
+
+def _single_threaded() -> None:
+    """Let FAISS and torch compute on the calling thread alone."""
     faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from tac_ray.algorithm.nouns import classify_nouns, top_nouns_per_centroid
 from tac_ray.artifacts.manifest import Artifact
@@ -15,14 +16,14 @@ BATCH_NOUNS = 8192
 
 
 def select_nouns(
-    store: Store, config: SelectNounsConfig, centroids: Artifact, nouns: Artifact
+    store: Store, config: SelectNounsConfig, centroids: Artifact | None, nouns: Artifact
 ) -> Artifact:
     """Give each noun to its most probable centroid and keep each centroid's best.
 
     Args:
         store: where artifacts lie.
         config: gamma and the precision of Eq. 4.
-        centroids: artifact of find_centroids.
+        centroids: artifact of find_centroids; None keeps all nouns, as of one centroid.
         nouns: artifact of embed_nouns.
 
     Returns:
@@ -38,6 +39,10 @@ def select_nouns(
 
     def write(writer: ArtifactWriter) -> None:
         writer.start(nouns.n_rows, "nouns")
+        if centroids is None:
+            selected = np.arange(nouns.n_rows)
+            keep(writer, selected, np.zeros(len(selected)), np.ones(len(selected)))
+            return
         directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
         ids, confidences = [], []
         for table in nouns.tables(["embedding"]):
@@ -53,6 +58,14 @@ def select_nouns(
         selected = top_nouns_per_centroid(
             centroid_id, confidence, nouns_per_centroid=config.nouns_per_centroid
         ).numpy()
+        keep(writer, selected, centroid_id.numpy()[selected], confidence.numpy()[selected])
+
+    def keep(
+        writer: ArtifactWriter,
+        selected: NDArray[np.int64],
+        centroid_id: NDArray[np.integer],
+        confidence: NDArray[np.floating],
+    ) -> None:
         kept = []
         for first, table in zip(_starts(nouns), nouns.tables(["noun", "embedding"]), strict=True):
             inside = selected[(selected >= first) & (selected < first + table.num_rows)]
@@ -62,8 +75,8 @@ def select_nouns(
             [
                 pa.array(selected, pa.int64()),
                 chosen["noun"],
-                pa.array(centroid_id.numpy()[selected], pa.int32()),
-                pa.array(confidence.numpy()[selected], pa.float32()),
+                pa.array(centroid_id.astype(np.int32)),
+                pa.array(confidence.astype(np.float32)),
             ],
             schema=SELECTED_NOUNS,
         )
@@ -71,7 +84,11 @@ def select_nouns(
         writer.add_part(table.append_column("embedding", embedding))
 
     return store.run_stage(
-        "select_nouns", version=1, options=options, inputs=[centroids, nouns], write=write
+        "select_nouns",
+        version=1,
+        options=options,
+        inputs=[nouns] if centroids is None else [centroids, nouns],
+        write=write,
     )
 
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tac_ray.algorithm.kmeans import Sums, next_centroids, normalize_rows, random_rows
+from tac_ray.algorithm.kmeans import (
+    Sums,
+    first_depth,
+    next_centroids,
+    next_depth,
+    normalize_rows,
+    random_rows,
+    rotation,
+    spread_rows,
+)
 
 K, WIDTH = 5, 8
 
@@ -22,12 +31,12 @@ def one_pass(rows: NDArray[np.float32], centroids: NDArray[np.float32]) -> Sums:
     sums = np.zeros(centroids.shape)
     np.add.at(sums, nearest, rows)
     counts = np.bincount(nearest, minlength=len(centroids))
-    return Sums(sums, counts, [float(similarity.max(axis=1).sum())])
+    return Sums(sums, counts)
 
 
 def sums_with_counts(counts: list[int], *, seed: int = 0) -> Sums:
     sums = unit_rows(len(counts), seed=seed).astype(float) * np.array(counts)[:, None]
-    return Sums(sums, np.array(counts), [0.0])
+    return Sums(sums, np.array(counts))
 
 
 def test_random_rows_are_distinct_sorted_and_set_by_seed_and_restart():
@@ -143,7 +152,7 @@ def test_k_means_fills_an_empty_cluster_and_ends_better_than_without_it():
     objectives, n_empties = [], []
     for _ in range(15):
         total = one_pass(rows, centroids)
-        objectives.append(total.objective[0])
+        objectives.append(total.objective(centroids))
         centroids, n_empty = next_centroids(total, centroids, rng=rng)
         n_empties.append(n_empty)
     assert n_empties[0] == 1
@@ -152,4 +161,52 @@ def test_k_means_fills_an_empty_cluster_and_ends_better_than_without_it():
     two = start[:2]
     for _ in range(15):
         two, _ = next_centroids(one_pass(rows, two), two, rng=rng)
-    assert objectives[-1] > one_pass(rows, two).objective[0]
+    assert objectives[-1] > one_pass(rows, two).objective(two)
+
+
+def test_objective_and_imbalance_follow_from_the_sums():
+    rows, centroids = unit_rows(60, seed=1), unit_rows(K, seed=2)
+    total = one_pass(rows, centroids)
+    best = (rows.astype(float) @ centroids.T.astype(float)).max(axis=1)
+    assert total.objective(centroids) == pytest.approx(best.mean(), abs=1e-7)
+    assert sums_with_counts([3, 3, 3]).imbalance() == pytest.approx(1)
+    assert sums_with_counts([9, 0, 0]).imbalance() == pytest.approx(3)
+
+
+def test_spread_rows_take_one_of_each_cluster_where_random_rows_do_not():
+    # Ten tight clusters, the first with most of the rows.
+    centers = unit_rows(10, seed=3)
+    cluster = np.concatenate([np.zeros(400, dtype=int), np.repeat(np.arange(1, 10), 5)])
+    noise = np.random.default_rng(0).normal(0, 0.01, (len(cluster), WIDTH))
+    rows = normalize_rows(centers[cluster] + noise)
+    reached = []
+    for restart in range(20):
+        drawn = spread_rows(rows, 10, seed=1, restart=restart)
+        assert len(set(drawn.tolist())) == 10
+        reached.append(len(set(cluster[drawn])))
+    assert np.mean(reached) > 9
+    random = [cluster[random_rows(len(rows), 10, seed=1, restart=r)] for r in range(20)]
+    assert np.mean([len(set(found)) for found in random]) < 4
+
+
+def test_spread_rows_are_distinct_also_among_copies():
+    rows = np.tile(unit_rows(2, seed=0), (6, 1))
+    drawn = spread_rows(rows, 12, seed=0, restart=0)
+    assert sorted(drawn.tolist()) == list(range(12))
+    assert not np.array_equal(rows[drawn[0]], rows[drawn[1]])
+
+
+def test_a_rotation_keeps_lengths_and_spreads_them():
+    turn = rotation(64)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(64), atol=1e-5)
+    assert np.abs(turn[0]).max() < 0.6
+    np.testing.assert_array_equal(turn, rotation(64))
+
+
+def test_depth_follows_the_share_that_was_pruned():
+    assert (first_depth(31), first_depth(32), first_depth(512)) == (None, 16, 64)
+    assert next_depth(64, 512, 0.99) == 51
+    assert next_depth(64, 512, 0.96) == 64
+    assert next_depth(64, 512, 0.5) == 77
+    assert next_depth(17, 512, 1.0) == 16
+    assert next_depth(250, 512, 0.0) == 256

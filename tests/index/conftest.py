@@ -81,7 +81,7 @@ class _InProcessRay:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> type[group.ShardGroup]:
     """ShardGroup without a cluster: its actors and tasks run in this process, in order."""
-    merge = group._write_neighbors._function
+    write = group._write_found._function
     monkeypatch.setattr(group, "ray", _InProcessRay())
-    monkeypatch.setattr(group, "_write_neighbors", _Callable(merge))
+    monkeypatch.setattr(group, "_write_found", _Callable(write))
     return group.ShardGroup

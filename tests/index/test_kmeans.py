@@ -121,10 +121,10 @@ def test_a_sample_is_fitted_and_all_rows_are_assigned(loaded, monkeypatch):
     seen = []
     assign = group.assign
 
-    def counted(centroids):
-        sums, moved = assign(centroids)
-        seen.append(int(sums.counts.sum()))
-        return sums, moved
+    def counted(centroids, depth=None):
+        done = assign(centroids, depth)
+        seen.append(int(done.sums.counts.sum()))
+        return done
 
     monkeypatch.setattr(group, "assign", counted)
     result = run(group, 4, max_points_per_centroid=10)

@@ -1,0 +1,146 @@
+"""Spherical k-means over shards against FAISS's own, in its plain and its pruned form.
+
+    python benchmarks/kmeans.py
+    python benchmarks/kmeans.py --rows 50000 --iterations 5
+
+| case | centroids |
+|---|---|
+| kmeans-k667 | 667, as N / 300 gives for 200,000 rows |
+| kmeans-k4271 | 4271, as for ImageNet-1K |
+
+One JSON object a line. All start from the same rows, use all rows and the same threads; time is
+per iteration, since FAISS stops where nothing improves. The peer is the faster of the two forms.
+The objective is the mean similarity of a row and its nearest centroid, compared for all alike.
+"""
+
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from session import ray_session
+from synthetic import synthetic_artifact
+
+from tac_ray.algorithm.kmeans import normalize_rows, random_rows
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import matrix
+from tac_ray.index.group import ShardGroup
+from tac_ray.index.kmeans import fit
+
+CASES = {"kmeans-k667": 667, "kmeans-k4271": 4271}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    """Which of the two."""
+    rows: int = 200_000
+    """N."""
+    width: int = 512
+    """d."""
+    kind: str = "overlapping"
+    """Of the data: overlapping or separated."""
+    iterations: int = 20
+    """Passes."""
+    shards: int = 2
+    """Actors; they share the cores."""
+    quick: bool = False
+    """Little of everything."""
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    n, iterations = (20_000, 4) if options.quick else (options.rows, options.iterations)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = synthetic_artifact(folder, n, options.width, options.kind)
+        rows = matrix(artifact.column("embedding")).astype(np.float32)
+        for case in options.cases:
+            k = min(CASES[case], n // 20)
+            ours = sharded(artifact, k, iterations, options.shards)
+            plain = peer(rows, k, iterations, pruned=False)
+            pruned = peer(rows, k, iterations, pruned=True)
+            faster = min(plain, pruned, key=lambda figures: figures["seconds"])
+            figures = {
+                "benchmark": "kmeans",
+                "case": case,
+                "seconds": round(ours["seconds"], 3),
+                "peer": "faiss.Kmeans" + (", use_super_kmeans" if faster is pruned else ""),
+                "peer_seconds": round(faster["seconds"], 3),
+                "speedup": round(faster["seconds"] / ours["seconds"], 3),
+                "unit": "seconds an iteration",
+                "objective_ratio": round(ours["objective"] / faster["objective"], 5),
+                "objective": round(ours["objective"], 5),
+                "iterations": ours["iterations"],
+                "corrected": ours["corrected"],
+                "first_pass_s": ours["first_pass_s"],
+                "faiss_plain_s": round(plain["seconds"], 3),
+                "faiss_pruned_s": round(pruned["seconds"], 3),
+                "n_rows": n,
+                "width": options.width,
+                "n_centroids": k,
+                "data": options.kind,
+                "shards": options.shards,
+                "peak_rss_gb": round(ours["peak_rss_gb"], 2),
+                "machine": f"{platform.machine()}, {faiss.omp_get_max_threads()} threads",
+            }
+            print(json.dumps(figures), flush=True)
+
+
+def sharded(artifact: Artifact, k: int, iterations: int, n_shards: int) -> dict[str, Any]:
+    """The fit on shards."""
+    with ray_session(), ShardGroup(n_shards) as index:
+        index.load([artifact])
+        result = fit(
+            index,
+            k,
+            seed=0,
+            restarts=1,
+            max_iterations=iterations,
+            tolerance=0,
+            max_points_per_centroid=None,
+            on_iteration=lambda _: None,
+        )
+        memory_gb = index.peak_memory_gb
+    seconds = [line["seconds"] for line in result.iterations][:iterations]
+    return {
+        "seconds": sum(seconds) / len(seconds),
+        "first_pass_s": seconds[0],
+        "objective": result.objective,
+        "iterations": len(seconds),
+        "corrected": result.corrected,
+        "peak_rss_gb": memory_gb,
+    }
+
+
+def peer(rows: NDArray[np.float32], k: int, iterations: int, *, pruned: bool) -> dict[str, float]:
+    """FAISS on the same rows from the same start."""
+    start = normalize_rows(rows[random_rows(len(rows), k, seed=0, restart=0)])
+    kmeans = faiss.Kmeans(
+        rows.shape[1],
+        k,
+        niter=iterations,
+        spherical=True,
+        max_points_per_centroid=len(rows),
+        use_super_kmeans=pruned,
+    )
+    kmeans.train(rows, init_centroids=start)
+    assert kmeans.centroids is not None
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(normalize_rows(kmeans.centroids))
+    similarity = index.search(rows, 1)[0]
+    done = len(kmeans.iteration_stats)
+    told = [line["time"] for line in kmeans.iteration_stats]
+    # Clustering counts time from its start, SuperKMeans that of each iteration.
+    each = told[-1] / done if not pruned else sum(told) / done
+    return {"seconds": each, "objective": float(similarity.astype(np.float64).mean())}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

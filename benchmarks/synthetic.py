@@ -1,0 +1,59 @@
+"""Embeddings that were never images."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from session import Silent
+
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import matrix_column
+from tac_ray.artifacts.store import ArtifactWriter, Store
+
+PART_ROWS = 32_768
+BLOCK_ROWS = 8192
+
+
+def synthetic_rows(n: int, width: int, kind: str, *, first: int = 0) -> NDArray[np.float16]:
+    """Rows `first` to `first + n` of an endless collection, unit norm, (n, width).
+
+    Args:
+        n: how many.
+        width: d.
+        kind: "separated": 2,000 directions with some noise, where the neighbors of a row lie in
+            its own cluster. "overlapping": a mixture in 24 dimensions whose parts run into each
+            other, where many do not.
+        first: number of the first row.
+    """
+    shape = np.random.default_rng(0)
+    n_centers, inner = 2000, width if kind == "separated" else 24
+    centers = shape.standard_normal((n_centers, inner), dtype=np.float32)
+    embed = shape.standard_normal((inner, width), dtype=np.float32) / np.sqrt(inner)
+    rows = []
+    for block in range(first // BLOCK_ROWS, -(-(first + n) // BLOCK_ROWS)):
+        rng = np.random.default_rng([1, block])
+        center = centers[rng.integers(n_centers, size=BLOCK_ROWS)]
+        noise = rng.standard_normal((BLOCK_ROWS, inner), dtype=np.float32)
+        if kind == "separated":
+            row = center + 0.7 * noise
+        else:
+            row = (center + 0.8 * noise) @ embed
+            row += 0.15 * rng.standard_normal(row.shape, dtype=np.float32)
+        rows.append(row / np.linalg.norm(row, axis=1, keepdims=True))
+    skip = first % BLOCK_ROWS
+    return np.concatenate(rows)[skip : skip + n].astype(np.float16)
+
+
+def synthetic_artifact(store: str, n: int, width: int, kind: str) -> Artifact:
+    """Such rows as embed_images would have written them."""
+
+    def write(writer: ArtifactWriter) -> None:
+        for first in range(0, n, PART_ROWS):
+            rows = synthetic_rows(min(PART_ROWS, n - first), width, kind, first=first)
+            writer.add_part(pa.table({"embedding": matrix_column(rows)}), plain=True)
+
+    options: dict[str, Any] = {"n": n, "width": width, "kind": kind}
+    return Store(store, Silent()).run_stage(
+        "embed_images", version=0, options=options, inputs=[], write=write
+    )

@@ -1,0 +1,120 @@
+"""The join of lists against all pairs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tac_ray.algorithm.kmeans import normalize_rows
+from tac_ray.artifacts.schemas import matrix
+from tac_ray.artifacts.storage import Folder
+from tac_ray.index import join
+from tac_ray.index.group import ShardGroup
+from tac_ray.index.join import Sample, join_neighbors, plan_join
+
+pytestmark = pytest.mark.integration
+
+PARTS = [1000, 800, 700]
+N = 10
+
+
+def overlapping_rows() -> np.ndarray:
+    """Rows in 8 dimensions of 24, without gaps between their clusters."""
+    rng = np.random.default_rng(0)
+    inner = rng.standard_normal((60, 8))[rng.integers(60, size=sum(PARTS))]
+    rows = (inner + rng.standard_normal(inner.shape)) @ rng.standard_normal((8, 24))
+    return normalize_rows(rows).astype(np.float16)
+
+
+def all_pairs(rows: np.ndarray) -> np.ndarray:
+    similarity = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    np.fill_diagonal(similarity, -2)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :N]
+
+
+def share(found: np.ndarray, true: np.ndarray) -> float:
+    return sum(len(np.intersect1d(a, b)) for a, b in zip(found, true, strict=True)) / true.size
+
+
+@pytest.fixture
+def several_groups(monkeypatch):
+    monkeypatch.setattr(join, "GROUP_ROWS", 600)
+
+
+@pytest.fixture
+def joined(ray_cluster, make_artifact, tmp_path):
+    """Joins rows; the neighbors, the files, the plan and the recall that was told."""
+
+    def run(rows: np.ndarray, *, n_shards: int = 2, everything: bool = False, recall: float = 0.9):
+        with ShardGroup(n_shards) as index:
+            index.load([make_artifact(rows, PARTS)])
+            plan, sample = plan_join(index, N, recall=recall, seed=0)
+            sources = index.sources
+        if everything:
+            n_lists = len(plan.group)
+            plan = dataclasses.replace(plan, probes=np.tile(np.arange(n_lists), (n_lists, 1)))
+        folder = Folder(str(tmp_path / f"join{n_shards}"))
+        parts = list(join_neighbors(folder, sources, plan, N, exclude="row", on_gpu=False))
+        tables = [folder.read_table(part.name) for part in parts]
+        found = np.concatenate([matrix(table.column("neighbor_row")) for table in tables])
+        return found, parts, plan, sample.recall(found[sample.rows])
+
+    return run
+
+
+def test_a_join_finds_what_it_was_asked_to_and_says_so(joined, several_groups):
+    rows = overlapping_rows()
+    found, parts, plan, told = joined(rows)
+    assert [part.rows for part in parts] == PARTS
+    true = all_pairs(rows)
+    recall = share(found, true)
+    assert 0.9 <= recall < 1
+    assert told == pytest.approx(recall, abs=0.02)
+    assert plan.expected_recall == pytest.approx(recall, abs=0.02)
+    assert plan.n_groups == 4
+    # Fewer pairs than there are, but more lists than one: here one would not do.
+    n_lists, n_probe = plan.probes.shape
+    assert 1 < n_probe < n_lists / 2
+    alone = plan.of_row[:, None] == plan.of_row[true]
+    assert alone.mean() < 0.8
+    assert not (found == np.arange(len(rows))[:, None]).any()
+    pairs = np.einsum("id,ijd->ij", rows.astype(np.float64), rows[found].astype(np.float64))
+    assert (np.diff(pairs, axis=1) < 1e-6).all()
+
+
+def test_a_join_of_all_lists_finds_all(joined, several_groups):
+    rows = overlapping_rows()
+    found, *_ = joined(rows, everything=True)
+    assert share(found, all_pairs(rows)) > 0.9999  # the order of sums may exchange near ties
+
+
+def test_a_join_gives_the_same_files_whatever_the_shards(joined, several_groups):
+    rows = overlapping_rows()
+    assert joined(rows, n_shards=1)[1] == joined(rows, n_shards=3)[1]
+
+
+def test_a_thousand_copies_of_one_row_have_each_other(joined):
+    rows = overlapping_rows()
+    rows[200:1200] = rows[200]
+    found, *_ = joined(rows)
+    copies = np.arange(200, 1200)
+    expected = np.array([[row for row in range(200, 212) if row != i][:N] for i in copies])
+    np.testing.assert_array_equal(found[copies], expected)
+
+
+def test_groups_have_about_equally_many_rows_and_near_lists(monkeypatch):
+    monkeypatch.setattr(join, "GROUP_ROWS", 100)
+    angle = np.linspace(0, np.pi, 64)
+    centroids = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    sizes = np.random.default_rng(0).integers(5, 20, 64)
+    group = join._groups(centroids, sizes)
+    rows = np.bincount(group, sizes)
+    assert len(rows) == sizes.sum() // 100
+    assert rows.min() > 60
+    assert rows.max() < 150
+    assert (np.diff(group) != 0).sum() == len(rows) - 1
+
+
+def test_recall_of_a_sample_counts_the_neighbors_that_were_found():
+    sample = Sample(np.array([3, 8]), np.array([[1, 2], [5, 6]]))
+    assert sample.recall(np.array([[2, 9], [6, 5]])) == 0.75
