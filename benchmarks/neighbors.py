@@ -168,9 +168,11 @@ def searched(folder: str, artifact: Artifact, options: Options, *, search: str) 
     """The stage's artifact."""
     config = FindNeighborsConfig(search=search, recall=options.recall)  # type: ignore[arg-type]
     with ray_session(), ShardGroup(options.shards) as index:
-        # Actors that run already, as in a run, where k-means comes before.
-        index.load([artifact])
         store = Store(folder, Silent())
+        # Workers that run already, as in a run, where other stages come before.
+        few = synthetic_artifact(folder, 2000, options.width, options.kind)
+        find_neighbors(store, config, index, few, seed=0, title="few")
+        index.load([artifact])
         return find_neighbors(store, config, index, artifact, seed=0, title="synthetic")
 
 

@@ -1,5 +1,6 @@
 """Embeddings that were never images."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,12 @@ def synthetic_rows(n: int, width: int, kind: str, *, first: int = 0) -> NDArray[
         n: how many.
         width: d.
         kind: "separated": 2,000 directions with some noise, where the neighbors of a row lie in
-            its own cluster. "overlapping": a mixture in 24 dimensions whose parts run into each
+            its own cluster. "overlapping": a mixture in 16 dimensions whose parts run into each
             other, where many do not.
         first: number of the first row.
     """
     shape = np.random.default_rng(0)
-    n_centers, inner = 2000, width if kind == "separated" else 24
+    n_centers, inner = 2000, width if kind == "separated" else 16
     centers = shape.standard_normal((n_centers, inner), dtype=np.float32)
     embed = shape.standard_normal((inner, width), dtype=np.float32) / np.sqrt(inner)
     rows = []
@@ -38,8 +39,8 @@ def synthetic_rows(n: int, width: int, kind: str, *, first: int = 0) -> NDArray[
         if kind == "separated":
             row = center + 0.7 * noise
         else:
-            row = (center + 0.8 * noise) @ embed
-            row += 0.15 * rng.standard_normal(row.shape, dtype=np.float32)
+            row = (center + 0.4 * noise) @ embed
+            row += 0.1 * rng.standard_normal(row.shape, dtype=np.float32)
         rows.append(row / np.linalg.norm(row, axis=1, keepdims=True))
     skip = first % BLOCK_ROWS
     return np.concatenate(rows)[skip : skip + n].astype(np.float16)
@@ -49,8 +50,9 @@ def synthetic_artifact(store: str, n: int, width: int, kind: str) -> Artifact:
     """Such rows as embed_images would have written them."""
 
     def write(writer: ArtifactWriter) -> None:
-        for first in range(0, n, PART_ROWS):
-            rows = synthetic_rows(min(PART_ROWS, n - first), width, kind, first=first)
+        cuts = np.linspace(0, n, -(-n // PART_ROWS) + 1).astype(int)
+        for first, last in pairwise(cuts.tolist()):
+            rows = synthetic_rows(last - first, width, kind, first=first)
             writer.add_part(pa.table({"embedding": matrix_column(rows)}), plain=True)
 
     options: dict[str, Any] = {"n": n, "width": width, "kind": kind}

@@ -1,11 +1,13 @@
-"""`tac-ray run | assign | report | status | demo`."""
+"""`tac-ray run | plan | assign | report | status | demo`."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+import psutil
 import tyro
 from rich.console import Console
 
@@ -14,7 +16,8 @@ from tac_ray.artifacts.storage import Folder, absolute
 from tac_ray.config import TacConfig, best, reference
 from tac_ray.demo import accuracy_by_glyph, demo_config
 from tac_ray.pipeline import assign, run
-from tac_ray.progress import glyph_table, score_table, stage_table
+from tac_ray.plan import Cluster, make_plan
+from tac_ray.progress import glyph_table, plan_table, score_table, stage_table
 from tac_ray.report.page import PAGE, write_page
 
 T = TypeVar("T")
@@ -24,6 +27,7 @@ def main() -> None:
     """Entry point of the console script."""
     commands: dict[str, tuple[Callable[[list[str]], None], str]] = {
         "run": (run_command, "cluster a folder or bucket of images"),
+        "plan": (_plan_command, "what a run would need, before there is anything to run on"),
         "assign": (_assign_command, "put new images into the clusters of a run"),
         "report": (_report_command, "write the page of a run, also to another place"),
         "status": (_status_command, "what a run has done"),
@@ -66,6 +70,46 @@ def run_command(arguments: Sequence[str], **defaults: Any) -> None:
         verbose=False,
     )
     _show(_plainly(lambda: run(config), verbose=config.verbose))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    n_images: float
+    """Images, such as 100e6."""
+    n_clusters: int
+    """K."""
+    width: int = 512
+    """d, of the encoder's embeddings."""
+    n_nouns: int = 119_034
+    """Nouns; WordNet's by default."""
+    nodes: int = 1
+    """Machines."""
+    cpus: int = os.cpu_count() or 1
+    """Cores of all of them."""
+    gpus: int = 0
+    """GPUs of all of them."""
+    memory_gb: float = round(psutil.virtual_memory().total / 1e9, 1)
+    """Memory of all of them."""
+
+
+def _plan_command(arguments: Sequence[str]) -> None:
+    wanted = tyro.cli(_Plan, prog="tac-ray plan", args=arguments)
+    plan = make_plan(
+        best(images="", out="", n_clusters=wanted.n_clusters),
+        Cluster(
+            n_nodes=wanted.nodes,
+            n_cpus=wanted.cpus,
+            n_gpus=wanted.gpus,
+            memory_gb=wanted.memory_gb,
+        ),
+        n_images=int(wanted.n_images),
+        n_nouns=wanted.n_nouns,
+        width=wanted.width,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(plan_table(plan))
+    console.print(plan.line())
+    _plainly(plan.check, verbose=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,8 @@ class EmbedImagesConfig:
     """How images become sealed parts of embeddings."""
 
     part_rows: int = 32_768
-    """Rows of a part. Blocks of arithmetic are cut at parts, so it enters the bits."""
+    """Rows of a part, at most; parts are equal. Blocks of arithmetic are cut at parts, so it enters
+    the bits."""
     image_batch_size: int | None = _unhashed(None)
     """Images a forward pass; every batch is padded to it. Default 256 on a GPU, 16 on CPU, where
     larger ones leave the cache."""

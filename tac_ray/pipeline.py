@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import ray.data
 
-from tac_ray.algorithm.nouns import n_semantic_centroids
 from tac_ray.algorithm.small import check_small
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
@@ -23,7 +22,7 @@ from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
 from tac_ray.index.group import ShardGroup
-from tac_ray.plan import make_plan
+from tac_ray.plan import Cluster, make_plan, n_semantic
 from tac_ray.progress import ConsoleProgress
 from tac_ray.report.page import write_page
 from tac_ray.report.pictures import report
@@ -81,11 +80,14 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         spec = _encoder_spec(config)
         encoder = spec.load()
         plan = make_plan(
-            config, n_images=listing.n_rows, n_nouns=len(noun_list), width=encoder.width
+            config,
+            Cluster.connected(),
+            n_images=listing.n_rows,
+            n_nouns=len(noun_list),
+            width=encoder.width,
         )
         plan.check()
-        for line in plan.lines():
-            steps.progress.say(line)
+        steps.progress.say(plan.line())
 
         # The run begins to exist here, so that one refused above can be put right and repeated.
         steps.add("list_images", listing)
@@ -272,7 +274,7 @@ def _semantic_centroids(steps: _Steps, index: ShardGroup, images: Artifact) -> A
     config, method = steps.config, steps.config.select_nouns.centroid_method
     if method == "none":
         return None
-    n_centroids = _n_centroids(config, images.n_rows)
+    n_centroids = n_semantic(config, images.n_rows)
     if method == "kmeans":
         centroids = find_centroids(
             steps.store,
@@ -380,17 +382,6 @@ def _publish(assignment: Artifact, out: str, suffix: str) -> None:
 
 def _copy(source: Folder, target: Folder, name: str) -> None:
     target.write(name, source.read(name))
-
-
-def _n_centroids(config: TacConfig, n_images: int) -> int:
-    chosen = config.select_nouns
-    return chosen.n_centroids or n_semantic_centroids(
-        n_images,
-        config.n_clusters,
-        images_per_centroid=chosen.images_per_centroid,
-        centroids_per_cluster=chosen.centroids_per_cluster,
-        max_centroids=chosen.max_centroids,
-    )
 
 
 def _check_sizes(config: TacConfig, n_images: int) -> None:

@@ -1,73 +1,270 @@
 """What a run will need, told before it starts and refused if it cannot fit."""
 
+import math
 from dataclasses import dataclass
 
 import ray
 
+from tac_ray.algorithm.nouns import n_semantic_centroids
 from tac_ray.config import TacConfig
+
+PROCESS_GB = 1.0
+"""Libraries of one process."""
+LIST_ROOT = 2.0
+"""Lists of a join are this times sqrt(N), as in `tac_ray.index.join`."""
+TYPICAL_PASSES = 30
+"""Passes after which k-means improves by less than its tolerance, on embeddings of photographs."""
+PROBES = 40
+"""Lists that each list of a join is joined with, on data without gaps (benchmarks/neighbors.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one core or one GPU does in a second."""
+
+    images: float
+    """ViT-B/32 on images of 500 x 375 pixels."""
+    prompts: float
+    """ViT-B/32's text tower on nouns in their templates."""
+    flops: float
+    """Multiplications and additions in products of matrices and the top-n after them."""
+    pruned: float
+    """How much less a pruned pass of k-means takes than one that compares everything."""
+
+
+CORE = Rates(images=34, prompts=165, flops=6e10, pruned=2.0)
+"""Measured on a core of an x86-64 server with AVX-512 and bf16: benchmarks/results."""
+GPU = Rates(images=3000, prompts=20_000, flops=1e14, pruned=1.0)
+"""Assumed of an H200, never measured: a tenth of its peak in fp16, and images decoded by 16 cores.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What there is to run on."""
+
+    n_nodes: int
+    n_cpus: int
+    n_gpus: int
+    memory_gb: float
+    """Of all nodes together."""
+
+    @classmethod
+    def connected(cls) -> "Cluster":
+        """The one that Ray is connected to."""
+        resources = ray.cluster_resources()
+        return cls(
+            n_nodes=max(1, sum(node["Alive"] for node in ray.nodes())),
+            n_cpus=int(resources.get("CPU", 1)),
+            n_gpus=int(resources.get("GPU", 0)),
+            memory_gb=resources.get("memory", 0) / 1e9,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage of a run."""
+
+    stage: str
+    n_workers: int
+    """Processes that share the work."""
+    memory_gb: float
+    """Of each of them, at its peak."""
+    flops: float
+    """Operations of the largest part of the work; 0 where reading and writing are."""
+    hours: float
+    written_gb: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of a run. Memory is of all nodes together, in GB."""
+    """Sizes and times of a run."""
 
     n_images: int
     width: int
     n_nouns: int
-    n_cpus: int
-    n_gpus: int
-    embeddings_gb: float
-    index_gb: float
-    """Embeddings and text counterparts side by side in the shards, and their working blocks."""
-    heads_gb: float
-    """Both embeddings and both neighbor lists in every training worker."""
-    available_gb: float
+    n_centroids: int
+    cluster: Cluster
+    stages: list[StagePlan]
 
-    def lines(self) -> list[str]:
-        """The plan in words."""
-        gpus = f", {self.n_gpus} GPUs" if self.n_gpus else ""
-        return [
+    @property
+    def hours(self) -> float:
+        """Of all stages."""
+        return sum(stage.hours for stage in self.stages)
+
+    def line(self) -> str:
+        """The plan in a line."""
+        cluster, largest = self.cluster, max(self.stages, key=lambda s: s.memory_gb * s.n_workers)
+        gpus = f", {cluster.n_gpus} GPUs" if cluster.n_gpus else ""
+        return (
             f"plan: {self.n_images:,} images and {self.n_nouns:,} nouns of width {self.width} on "
-            f"{self.n_cpus} CPUs{gpus}",
-            f"plan: {self.embeddings_gb:.2f} GB of embeddings; memory: index "
-            f"{self.index_gb:.1f} GB, heads {self.heads_gb:.1f} GB of {self.available_gb:.1f} GB",
-        ]
+            f"{cluster.n_cpus} CPUs{gpus}: about {duration(self.hours)} with a ViT-B/32, "
+            f"{sum(stage.written_gb for stage in self.stages):,.1f} GB written, "
+            f"{largest.memory_gb * largest.n_workers:,.1f} of {cluster.memory_gb:,.1f} GB of "
+            f"memory for {largest.stage}"
+        )
 
     def check(self) -> None:
         """Refuse a run that cannot fit.
 
         Raises:
-            ValueError: the index or the heads need more memory than the cluster has.
+            ValueError: the workers of a stage need more memory than their nodes have.
         """
-        needed = max(self.index_gb, self.heads_gb)
-        if needed > self.available_gb:
-            fits = int(self.n_images * self.available_gb / needed)
-            raise ValueError(
-                f"not enough memory: {needed:.1f} GB needed and {self.available_gb:.1f} GB there; "
-                f"about {fits:,} images would fit, or a cluster with {needed:.0f} GB"
-            )
+        nodes = self.cluster.n_nodes
+        for stage in self.stages:
+            needed = stage.memory_gb * math.ceil(stage.n_workers / nodes)
+            there = self.cluster.memory_gb / nodes
+            if needed > there:
+                fits = int(self.n_images * there / needed)
+                raise ValueError(
+                    f"not enough memory: {stage.stage} needs {needed:.1f} GB on a node and "
+                    f"{there:.1f} GB are there; about {fits:,} images would fit, or nodes with "
+                    f"{needed:.0f} GB"
+                )
 
 
-def make_plan(config: TacConfig, *, n_images: int, n_nouns: int, width: int) -> Plan:
-    """Sizes of a run on the cluster that Ray is connected to.
+def make_plan(
+    config: TacConfig,
+    cluster: Cluster,
+    *,
+    n_images: int,
+    n_nouns: int,
+    width: int,
+) -> Plan:
+    """Sizes and times of a run.
 
-    The formulas are those in the docstrings of find_centroids and train_heads; 1 GB is for each
-    process's libraries.
+    The formulas are those in the docstrings of the stages.
+
+    Args:
+        config: what to do; its images are not looked at.
+        cluster: on what.
+        n_images: N.
+        n_nouns: rows of the noun list.
+        width: d.
     """
-    resources = ray.cluster_resources()
-    n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    n_workers = config.train_heads.n_workers or max(1, n_gpus)
-    columns = 2 if "train-free" in config.methods else 1
-    row_index = 2 * width * columns
-    row_heads = 4 * width + 16 * config.find_neighbors.n_neighbors
-    return Plan(
-        n_images=n_images,
-        width=width,
-        n_nouns=n_nouns,
-        n_cpus=n_cpus,
-        n_gpus=n_gpus,
-        embeddings_gb=2 * width * n_images / 1e9,
-        index_gb=1 + n_images * row_index / 1e9,
-        heads_gb=n_workers * (1 + n_images * row_heads / 1e9) if "tac" in config.methods else 0,
-        available_gb=resources.get("memory", 0) / 1e9,
+    n, d, n_clusters = n_images, width, config.n_clusters
+    k = n_semantic(config, n)
+    on_gpu = cluster.n_gpus > 0
+    n_units = cluster.n_gpus or cluster.n_cpus
+    rate = GPU if on_gpu else CORE
+    n_encoders = cluster.n_gpus or cluster.n_nodes
+    n_shards = config.n_shards or cluster.n_gpus or cluster.n_nodes
+    n_workers = config.train_heads.n_workers or max(1, cluster.n_gpus)
+    speed = rate.flops * n_units
+
+    def stage(
+        name: str, workers: int, memory_gb: float, *, flops: float, written_gb: float = 0
+    ) -> StagePlan:
+        return StagePlan(
+            stage=name,
+            n_workers=workers,
+            memory_gb=memory_gb,
+            flops=flops,
+            hours=flops / speed / 3600,
+            written_gb=written_gb,
+        )
+
+    def at_rate(name: str, items: float, each_s: float, written_gb: float) -> StagePlan:
+        hours = items / (each_s * n_units) / 3600
+        return StagePlan(
+            stage=name,
+            n_workers=n_encoders,
+            memory_gb=PROCESS_GB + 1.5,
+            flops=0,
+            hours=hours,
+            written_gb=written_gb,
+        )
+
+    def k_means(name: str, n_columns: int, k: int, restarts: int) -> StagePlan:
+        rows_gb = 2 * n * d * n_columns / 1e9 / n_shards
+        pruned = rate.pruned if k >= 256 and config.kmeans.prune else 1
+        passes = min(config.kmeans.max_iterations, TYPICAL_PASSES) / pruned + 2
+        memory = PROCESS_GB + rows_gb * (2 if pruned > 1 else 1) + 24 * k * d * n_columns / 1e9
+        flops = 2.0 * n * k * d * n_columns * passes * restarts
+        return stage(name, n_shards, memory, flops=flops, written_gb=4 * n / 1e9)
+
+    embedded_gb = 2 * n * d / 1e9
+    n_selected = min(n_nouns, config.select_nouns.nouns_per_centroid * k)
+    stages = [
+        at_rate("embed_images", n, rate.images, embedded_gb),
+        at_rate("embed_nouns", 7 * n_nouns, rate.prompts, 2 * n_nouns * d / 1e9),
+        k_means("find_centroids", 1, k, config.kmeans.centroid_restarts),
+        stage(
+            "build_counterparts",
+            cluster.n_cpus,
+            PROCESS_GB,
+            flops=4.0 * n * n_selected * d,
+            written_gb=embedded_gb + 36 * n / 1e9,
+        ),
+    ]
+    for method, n_columns in (("kmeans", 1), ("train-free", 2)):
+        if method in config.methods:
+            restarts = config.kmeans.cluster_restarts
+            stages.append(k_means(f"find_centroids:{method}", n_columns, n_clusters, restarts))
+    if "tac" in config.methods:
+        neighbors = config.find_neighbors
+        kind, flops = "exact", 4.0 * n * n * d
+        if neighbors.joins(n):
+            n_lists = LIST_ROOT * math.sqrt(n)
+            kind, flops = "join", 4.0 * n * d * (n_lists + min(PROBES / n_lists, 1) * n)
+        rows_gb = embedded_gb / n_shards
+        written_gb = 2 * 12 * neighbors.n_neighbors * n / 1e9
+        stages.append(
+            stage(
+                f"find_neighbors ({kind}, twice)",
+                n_shards,
+                PROCESS_GB + rows_gb,
+                flops=flops,
+                written_gb=written_gb,
+            )
+        )
+        heads = config.train_heads.resolve(n_clusters)
+        assert heads.epochs is not None
+        row_bytes = 4 * d + 16 * neighbors.n_neighbors
+        # Two heads on anchors and neighbors, forward and backward: 3 x 2 x 2 passes of d (d + K).
+        stages.append(
+            stage(
+                "train_heads",
+                n_workers,
+                PROCESS_GB + n * row_bytes / 1e9,
+                flops=24.0 * n * d * (d + n_clusters) * heads.epochs,
+            )
+        )
+    stages.append(
+        stage(
+            "assign_clusters",
+            cluster.n_cpus,
+            PROCESS_GB,
+            flops=2.0 * n * d * (d + n_clusters) * len(config.methods),
+            written_gb=100 * n * len(config.methods) / 1e9,
+        )
     )
+    return Plan(
+        n_images=n,
+        width=d,
+        n_nouns=n_nouns,
+        n_centroids=k,
+        cluster=cluster,
+        stages=stages,
+    )
+
+
+def n_semantic(config: TacConfig, n_images: int) -> int:
+    """k, how many semantic centroids a run has (Eq. 2)."""
+    chosen = config.select_nouns
+    return chosen.n_centroids or n_semantic_centroids(
+        n_images,
+        config.n_clusters,
+        images_per_centroid=chosen.images_per_centroid,
+        centroids_per_cluster=chosen.centroids_per_cluster,
+        max_centroids=chosen.max_centroids,
+    )
+
+
+def duration(hours: float) -> str:
+    """Hours in words."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 2:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:,.0f} h" if hours < 72 else f"{hours / 24:,.0f} days"

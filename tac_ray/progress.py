@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.config import METHOD_TITLES
+from tac_ray.plan import Plan, duration
 
 LOG_EVERY_S = 15.0
 """Seconds between lines of a stage where the output is a file or a job's log."""
@@ -117,6 +118,23 @@ def stage_table(stages: dict[str, Artifact], seconds: dict[str, float]) -> Table
             f"{spent:.1f}" if spent else "done before",
             f"{n / spent:,.0f}" if n and spent else "",
             f"{artifact.manifest.n_bytes / 1e6:,.1f}",
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Workers, memory, operations, time and size of each stage of a planned run."""
+    table = Table("stage", box=None, pad_edge=False)
+    for title in ("workers", "GB each", "operations", "time", "GB written"):
+        table.add_column(title, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.n_workers:,}",
+            f"{stage.memory_gb:,.1f}",
+            f"{stage.flops:.1e}" if stage.flops else "",
+            duration(stage.hours),
+            f"{stage.written_gb:,.1f}",
         )
     return table
 

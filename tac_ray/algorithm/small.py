@@ -44,7 +44,7 @@ def cluster_small(
             f"n_images={len(rows)} should be >= n_centroids={n_clusters}; lower --n-centroids"
         )
     if method == "agglomerative":
-        return AgglomerativeClustering(n_clusters, linkage="ward").fit(rows).labels_
+        return AgglomerativeClustering(n_clusters, linkage="ward").fit_predict(rows)
     if method == "spectral":
         spectral = SpectralClustering(
             n_clusters,
@@ -53,7 +53,7 @@ def cluster_small(
             assign_labels="cluster_qr",
             random_state=seed,
         )
-        return spectral.fit(rows).labels_
+        return spectral.fit_predict(rows)
     return _dbscan(rows, n_clusters)
 
 
@@ -79,7 +79,7 @@ def _dbscan(rows: NDArray[np.float32], n_clusters: int) -> NDArray[np.int64]:
     # From wide to narrow: of two radii that do equally well the wider leaves fewer rows out.
     for radius in radii[::-1]:
         found = DBSCAN(eps=max(radius, 1e-9), min_samples=DENSE_ROWS, metric="precomputed")
-        labels = found.fit(distance).labels_
+        labels = found.fit_predict(distance)
         n_found = int(labels.max()) + 1
         if n_found and (best is None or abs(n_found - n_clusters) < abs(best[0] - n_clusters)):
             best = n_found, labels

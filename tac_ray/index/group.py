@@ -6,15 +6,14 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
-from tac_ray.artifacts.manifest import Artifact, Part, write_part
-from tac_ray.artifacts.schemas import matrix_column
+from tac_ray.artifacts.manifest import Artifact, Part
 from tac_ray.artifacts.storage import Folder
-from tac_ray.index.shard import Found, PartSource, Pass, Shard, merge_top
+from tac_ray.index.found import Found, merge_top, write_neighbors
+from tac_ray.index.shard import PartSource, Pass, Shard
 
 REBUILDS = 5
 """Times that a step is repeated for shards that were lost in it; then something is wrong with the
@@ -37,9 +36,22 @@ def part_sources(artifacts: list[Artifact]) -> list[PartSource]:
         PartSource(
             index=i,
             first_row=int(starts[i]),
+            n_rows=rows[0][i],
             columns=tuple((a.folder.path, a.manifest.parts[i]) for a in artifacts),
         )
         for i in range(len(rows[0]))
+    ]
+
+
+def _share_out(sources: list[PartSource], n_shards: int) -> list[list[PartSource]]:
+    """Neighboring segments for each shard, about equally many rows."""
+    segments = [segment for source in sources for segment in source.segments()]
+    ends = np.cumsum([segment.n_rows for segment in segments])
+    middles = ends - [segment.n_rows / 2 for segment in segments]
+    shard = (middles * n_shards / ends[-1]).astype(int)
+    return [
+        [segment for segment, mine in zip(segments, shard, strict=True) if mine == i]
+        for i in range(n_shards)
     ]
 
 
@@ -47,9 +59,11 @@ class ShardGroup:
     """Shard actors, started at the first `load` and kept until `close`.
 
     Rows go from storage to the shards and never through the driver. Shards hold runs of
-    neighboring parts; results do not depend on how many there are. A shard that is lost is built
-    again from its parts, and what it was told since the last pass that compared everything is
-    told again, so that it goes on with the bits it had; the other shards keep what they have.
+    neighboring segments of parts; results do not depend on how many there are.
+
+    A shard that is lost is built again from its parts, and what it was told since the last pass
+    that compared everything is told again, so that it goes on with the bits it had; the other
+    shards keep what they have.
     """
 
     def __init__(self, n_shards: int | None = None) -> None:
@@ -95,8 +109,7 @@ class ShardGroup:
         self._start()
         self._loaded = None
         self.sources = part_sources(artifacts)
-        held = np.array_split(np.arange(len(self.sources)), len(self._shards))
-        self._held = [[self.sources[i] for i in indices] for indices in held]
+        self._held = _share_out(self.sources, len(self._shards))
         self._told = []
         self._call_each("load", [(held,) for held in self._held])
         self._loaded = fingerprints
@@ -124,8 +137,9 @@ class ShardGroup:
         return reduce(Pass.plus, passes)
 
     def assignment(self) -> list[NDArray[np.int32]]:
-        """Centroid of every row at the last `assign`, a part at a time."""
-        return [part for shard in self._call("assignment") for part in shard]
+        """Centroid of every row at the last `assign`, which saw all; a part at a time."""
+        ids = np.concatenate([run for shard in self._call("assignment") for run in shard])
+        return np.split(ids, np.cumsum([source.n_rows for source in self.sources])[:-1])
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Embeddings of sorted global rows, (n, d) float32."""
@@ -150,7 +164,7 @@ class ShardGroup:
 
         def begin(source: PartSource) -> Any:
             found = [shard.search.remote(source, n + 1) for shard in self._shards]
-            return _write_found.remote(folder, source, n, exclude, *found)
+            return _write_found.remote(folder, source.index, source.first_row, n, exclude, *found)
 
         def finish(source: PartSource, writing: Any) -> Part:
             for _ in range(REBUILDS):
@@ -238,40 +252,8 @@ def _is_lost(error: Exception) -> bool:
 
 
 @ray.remote(num_cpus=0.5)
-def _write_found(folder: Folder, source: PartSource, n: int, exclude: str, *found: Found) -> Part:
-    similarity, row = merge_top(found, n + 1)
-    return write_neighbors(folder, source, n, exclude, similarity, row)
-
-
-def write_neighbors(
-    folder: Folder,
-    source: PartSource,
-    n: int,
-    exclude: str,
-    similarity: NDArray[np.float32],
-    row: NDArray[np.int64],
+def _write_found(
+    folder: Folder, part: int, first_row: int, n: int, exclude: str, *found: Found
 ) -> Part:
-    """Write the neighbors of a part: of its n + 1 best rows, all but itself.
-
-    Args:
-        folder: where the part goes.
-        source: which rows these are the neighbors of.
-        n: neighbors of a row.
-        exclude: "row" leaves out the row itself; "first_column" drops the best hit.
-        similarity: of the best rows, (m, n + 1).
-        row: their global numbers, (m, n + 1).
-    """
-    if exclude == "row":
-        itself = row == (source.first_row + np.arange(len(row)))[:, None]
-        # A row that is not among its own best hits (duplicates before it) drops the last one.
-        itself[~itself.any(axis=1), -1] = True
-    else:
-        itself = np.zeros(row.shape, dtype=bool)
-        itself[:, 0] = True
-    table = pa.table(
-        {
-            "neighbor_row": matrix_column(row[~itself].reshape(len(row), n)),
-            "similarity": matrix_column(similarity[~itself].reshape(len(row), n)),
-        }
-    )
-    return write_part(folder, source.index, table)
+    similarity, row = merge_top(found, n + 1)
+    return write_neighbors(folder, part, first_row, n, exclude, similarity, row)

@@ -1,9 +1,9 @@
-"""Neighbors of a collection in itself as a join: rows in coarse lists, each list with a few others.
+"""Neighbors of a collection in itself as a join: each row with the rows of its nearest lists.
 
     k-means -> lists -> a sample says how many to join -> rows to their lists -> join -> parts
 
-A search for every row on its own visits n_probe lists a row and multiplies a vector with each. Here
-all rows of a list visit the same lists, in one product of matrices.
+A search for one row after the other multiplies a vector with each list that it visits. Here rows
+that lie together visit a list together, in one product of matrices.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from torch import Tensor
 from tac_ray.algorithm.kmeans import random_rows
 from tac_ray.artifacts.manifest import Part
 from tac_ray.artifacts.storage import Folder
-from tac_ray.index.group import ShardGroup, write_neighbors
+from tac_ray.index.found import Found, sort_key, write_neighbors
+from tac_ray.index.group import ShardGroup
 from tac_ray.index.kmeans import fit
-from tac_ray.index.shard import PartSource, top_rows
+from tac_ray.index.shard import PartSource
 
 LISTS_PER_ROOT = 2.0
 """Lists are this times sqrt(N): finding the list of a row costs about as much as the join then."""
@@ -33,21 +34,28 @@ LIST_ITERATIONS = 8
 GROUP_ROWS = 1 << 16
 """Rows whose lists one task joins, at least."""
 MOST_GROUPS = 256
+JOIN_ROWS = 4096
+"""Rows of a group that visit lists together."""
+FIRST_PROBES = 3
+"""Lists whose rows are all looked at, to know how near the others have to be."""
+WIDE_LISTS = 512
+"""Lists a task keeps in float32."""
 SAMPLE = 1000
 """Rows whose neighbors tune the join, and as many that measure its recall."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JoinPlan:
-    """Which rows meet which."""
+    """Which rows meet which: those of the lists that are nearest to a row."""
 
+    centroids: NDArray[np.float32]
+    """Of the lists, (n_lists, d)."""
     of_row: NDArray[np.int32]
     """List of each row, (N,)."""
     group: NDArray[np.int32]
     """Group of each list, (n_lists,)."""
-    probes: NDArray[np.int32]
-    """The lists that each list is joined with, nearest first, itself among them,
-    (n_lists, n_probe)."""
+    n_probe: int
+    """Lists that each row is joined with, those with the nearest centroids."""
     expected_recall: float
     """Share of the true neighbors of sampled rows that lie in those lists."""
 
@@ -87,18 +95,13 @@ def plan_join(index: ShardGroup, n: int, *, recall: float, seed: int) -> tuple[J
     sizes = np.bincount(of_row, minlength=len(lists.centroids))
     sample = Sample.of(index, n, seed=seed)
     one, other = sample.halves()
-    order = np.argsort(-(lists.centroids @ lists.centroids.T), axis=1, kind="stable")
+    order = np.argsort(-(index.rows(one.rows) @ lists.centroids.T), axis=1, kind="stable")
     rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(len(order))[None], axis=1)
-    # For each sampled row, how near its list the lists of its neighbors are.
-    ranks = rank[of_row[one.rows][:, None], of_row[one.neighbors]]
+    np.put_along_axis(rank, order, np.arange(len(lists.centroids))[None], axis=1)
+    # How near to each sampled row the lists of its neighbors are.
+    ranks = np.take_along_axis(rank, of_row[one.neighbors], axis=1)
     n_probe, expected = _fewest(ranks, recall)
-    plan = JoinPlan(
-        of_row,
-        _groups(lists.centroids, sizes),
-        order[:, :n_probe].astype(np.int32),
-        expected,
-    )
+    plan = JoinPlan(lists.centroids, of_row, _groups(lists.centroids, sizes), n_probe, expected)
     return plan, other
 
 
@@ -187,8 +190,9 @@ def join_neighbors(
     Yields:
         The parts, in order.
 
-    Cost: 2 N d operations for each row of the n_probe lists. Peak memory a task: 2 d bytes a row
-    of the lists that its group meets; in the object store 2 N d + 12 N (n + 1) bytes.
+    Cost: 2 d operations for each pair of a row and a row of its n_probe lists, and 2 N n_lists d to
+    find those. Peak memory a task: 4 d bytes a row of WIDE_LISTS lists, and 20 bytes a candidate of
+    JOIN_ROWS rows; in the object store of all nodes 2 N d + 12 N (n + 1) bytes.
     """
     n_groups = plan.n_groups
     spread = _to_groups.options(num_returns=n_groups)
@@ -248,41 +252,124 @@ def _gather(*pieces: _Rows) -> _Rows:
 def _join(group: int, groups: list[Any], plan: JoinPlan, n: int, sources: list[PartSource]) -> Any:
     """Best rows of each row of a group: for each part, its rows, similarities and best rows."""
     faiss.omp_set_num_threads(1)
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    torch.set_num_threads(1)
     own: _Rows = ray.get(groups[group])
-    mine = np.unique(own.list_id)
-    held = _meet(groups, plan, np.unique(plan.probes[mine]), device)
-    similarity = np.full((len(own.row), n), -np.inf, dtype=np.float32)
-    best = np.zeros((len(own.row), n), dtype=np.int64)
-    for list_id in mine:
-        first, last = np.searchsorted(own.list_id, [list_id, list_id + 1])
-        queries = held[list_id][0] if list_id in held else torch.tensor(own.embedding[first:last])
-        met = [held[other] for other in plan.probes[list_id] if other in held]
-        found, place = top_rows(queries, torch.cat([rows for rows, _ in met]), n)
-        similarity[first:last, : found.shape[1]] = found
-        best[first:last, : found.shape[1]] = np.concatenate([row for _, row in met])[place]
+    lists = _Lists(groups, plan, torch.device("cuda" if ray.get_gpu_ids() else "cpu"))
+    # Rows are sorted by list, and lists that lie together meet the same others.
+    runs = [own.take(slice(i, i + JOIN_ROWS)) for i in range(0, len(own.row), JOIN_ROWS)]
+    similarity, best = zip(*(_join_run(run, lists, plan, n) for run in runs), strict=True)
     part = np.searchsorted([source.first_row for source in sources], own.row, side="right") - 1
-    answers = []
-    for i in range(len(sources)):
-        which = np.flatnonzero(part == i)
-        answers.append((own.row[which], similarity[which], best[which]))
+    found = own.row, np.concatenate(similarity), np.concatenate(best)
+    answers = [tuple(column[part == i] for column in found) for i in range(len(sources))]
     return answers if len(answers) > 1 else answers[0]
 
 
-def _meet(
-    groups: list[Any], plan: JoinPlan, lists: NDArray[np.int32], device: torch.device
-) -> dict[int, tuple[Tensor, NDArray[np.int64]]]:
-    """Rows and row numbers of some lists, one group in memory at a time."""
-    held = {}
-    for group in np.unique(plan.group[lists]):
-        rows: _Rows = ray.get(groups[group])
-        for list_id in lists[plan.group[lists] == group]:
-            first, last = np.searchsorted(rows.list_id, [list_id, list_id + 1])
-            if first < last:
-                embedding = torch.tensor(rows.embedding[first:last]).to(device)
-                held[int(list_id)] = (embedding, rows.row[first:last].copy())
-        del rows
-    return held
+def _join_run(own: _Rows, lists: "_Lists", plan: JoinPlan, n: int) -> Found:
+    """The `n` best rows of some rows; -inf where their lists hold fewer.
+
+    The first FIRST_PROBES lists give most of the best; of the others only what is better than the
+    n-th of those is kept.
+    """
+    queries = torch.tensor(own.embedding).to(lists.device).float()
+    metric = faiss.METRIC_INNER_PRODUCT
+    probes = faiss.knn(queries.cpu().numpy(), plan.centroids, plan.n_probe, metric=metric)[1]
+    found = _Candidates(len(own.row), n)
+    for columns in (slice(0, FIRST_PROBES), slice(FIRST_PROBES, None)):
+        probed = probes[:, columns]
+        by_list = np.argsort(probed, axis=None, kind="stable")
+        ids, starts = np.unique(probed.reshape(-1)[by_list], return_index=True)
+        visitors = by_list // max(1, probed.shape[1])
+        worst = found.worst.to(lists.device)
+        for list_id, mine in zip(ids, np.split(visitors, starts[1:]), strict=True):
+            rows, row = lists[int(list_id)]
+            if len(row):
+                which = torch.from_numpy(mine)
+                on_device = which.to(lists.device)
+                similarity = queries[on_device] @ rows.T
+                query, place = torch.nonzero(similarity >= worst[on_device, None], as_tuple=True)
+                found.add(
+                    mine[query.cpu().numpy()],
+                    similarity[query, place].cpu().numpy(),
+                    row[place.cpu().numpy()],
+                )
+        found.select()
+    return found.similarity, found.row
+
+
+class _Candidates:
+    """Rows that may be among the `n` best of some queries."""
+
+    def __init__(self, n_queries: int, n: int) -> None:
+        self.similarity = np.full((n_queries, n), -np.inf, dtype=np.float32)
+        self.row = np.zeros((n_queries, n), dtype=np.int64)
+        self._found: list[tuple[NDArray[Any], ...]] = []
+
+    @property
+    def worst(self) -> Tensor:
+        """Similarity of the n-th best of each query so far, (n_queries,)."""
+        return torch.from_numpy(self.similarity[:, -1].copy())
+
+    def add(
+        self, query: NDArray[np.int64], similarity: NDArray[np.float32], row: NDArray[np.int64]
+    ) -> None:
+        """More of them, each (m,)."""
+        self._found.append((query, similarity, row))
+
+    def select(self) -> None:
+        """Keep the best: larger similarity first, ties by row."""
+        if not self._found:
+            return
+        n_queries, n = self.row.shape
+        known = np.isfinite(self.similarity)
+        query = np.broadcast_to(np.arange(n_queries)[:, None], known.shape)[known]
+        kept = (query, self.similarity[known], self.row[known])
+        query, similarity, row = (
+            np.concatenate(column) for column in zip(kept, *self._found, strict=True)
+        )
+        self._found = []
+        key = query.astype(np.uint64) << np.uint64(32) | sort_key(similarity)
+        order = np.argsort(key)
+        _sort_ties(order, key, row)
+        query, similarity, row = query[order], similarity[order], row[order]
+        place = np.arange(len(query)) - np.searchsorted(query, np.arange(n_queries))[query]
+        best = place < n
+        self.similarity[query[best], place[best]] = similarity[best]
+        self.row[query[best], place[best]] = row[best]
+
+
+def _sort_ties(order: NDArray[np.int64], key: NDArray[np.uint64], row: NDArray[np.int64]) -> None:
+    """Bring those of equal keys into the order of their rows, in place.
+
+    Few keys are equal, and a sort by key alone is many times as fast as one by both.
+    """
+    equal = key[order[1:]] == key[order[:-1]]
+    tied = np.append(equal, False) | np.append(False, equal)
+    some = order[tied]
+    order[tied] = some[np.lexsort((row[some], key[some]))]
+
+
+class _Lists:
+    """Rows and row numbers of lists, as they are asked for; groups stay in the object store."""
+
+    def __init__(self, groups: list[Any], plan: JoinPlan, device: torch.device) -> None:
+        self.device = device
+        self._groups, self._plan = groups, plan
+        self._held: dict[int, _Rows] = {}
+        self._wide: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
+
+    def __getitem__(self, list_id: int) -> tuple[Tensor, NDArray[np.int64]]:
+        if list_id in self._wide:
+            return self._wide[list_id]
+        group = int(self._plan.group[list_id])
+        if group not in self._held:
+            self._held[group] = ray.get(self._groups[group])
+        held = self._held[group]
+        first, last = np.searchsorted(held.list_id, [list_id, list_id + 1])
+        if len(self._wide) >= WIDE_LISTS:
+            self._wide.pop(next(iter(self._wide)))
+        rows = torch.tensor(held.embedding[first:last]).to(self.device).float()
+        self._wide[list_id] = rows, held.row[first:last]
+        return self._wide[list_id]
 
 
 @ray.remote(num_cpus=0.5)
@@ -291,4 +378,6 @@ def _write_joined(
 ) -> Part:
     row, similarity, best = (np.concatenate(column) for column in zip(*pieces, strict=True))
     order = np.argsort(row)
-    return write_neighbors(folder, source, n, exclude, similarity[order], best[order])
+    return write_neighbors(
+        folder, source.index, source.first_row, n, exclude, similarity[order], best[order]
+    )

@@ -105,7 +105,8 @@ def fit(
         visible = random_rows(n_rows, n_visible, seed=seed, restart=_SAMPLE)
     index.use_rows(visible)
     pool = np.arange(n_rows) if visible is None else visible
-    pruned_from = first_depth(index.width)
+    width = index.width
+    pruned_from = first_depth(width)
     if not prune or index.on_gpu or n_centroids < PRUNE_CENTROIDS:
         pruned_from = None
     log: list[dict[str, Any]] = []
@@ -132,7 +133,7 @@ def fit(
     for restart in range(restarts):
         centroids = _start(index, pool, n_centroids, seeding, seed=seed, restart=restart)
         rng = np.random.default_rng([seed, restart, 1])
-        previous, depth = -np.inf, None
+        previous, depth, used = -np.inf, None, centroids
         for _ in range(max_iterations):
             done, value = look(restart, centroids, depth)
             used = centroids
@@ -148,7 +149,7 @@ def fit(
             if depth is None:
                 depth = pruned_from
             else:
-                depth = next_depth(depth, index.width, done.n_pruned / done.n_pairs)
+                depth = next_depth(depth, width, done.n_pruned / done.n_pairs)
         if depth is not None:
             corrected = max(corrected, look(restart, used, None)[0].moved / len(pool))
     assert best is not None

@@ -2,9 +2,9 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import faiss
@@ -13,53 +13,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tac_ray.algorithm.kmeans import Sums, rotation
+from tac_ray.algorithm.kmeans import Sums, rotate
 from tac_ray.artifacts.manifest import Part
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder
 from tac_ray.artifacts.store import resident_gb
+from tac_ray.index.found import Found, merge_top
 
 BLOCK_ROWS = 4096
-"""Rows widened to float32 at a time. Blocks are cut at parts, and each runs on one thread, so
-neither the number of shards nor of threads enters the bits."""
+"""Queries searched at a time. Blocks are cut at parts, and each runs on one thread, so neither the
+number of shards nor of threads enters the bits."""
+
+CACHED_ROWS = 512
+"""Rows of float64 that a core's cache holds beside what they are added to."""
 
 TIED_QUERIES = 64
 """Queries searched again at a time: 64 x 32,768 results are 25 MB."""
 
 
+SEGMENT_ROWS = 25_000
+"""Rows that stay together on a shard, at most: what is searched in one go. Parts are cut into equal
+segments, so neither does the number of shards enter the bits, nor does a part have to be small for
+the shards to have equally many rows."""
+
+
 @dataclass(frozen=True)
 class PartSource:
-    """Where the rows of one part lie: side by side in one or more artifacts."""
+    """Where the rows of a part, or of a segment of it, lie: side by side in artifacts."""
 
     index: int
+    """Number of the part."""
     first_row: int
+    """Global number of the first row."""
+    n_rows: int
     columns: tuple[tuple[str, Part], ...]
     """Folder and file of each artifact; rows are concatenated as [first, second]."""
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the part."""
-        return self.columns[0][1].rows
+    skip: int = 0
+    """Rows of the part before these."""
 
     def load(self) -> torch.Tensor:
         """The rows, (n, d) float16, d being the sum of the columns' widths."""
-        arrays = [
-            matrix(Folder(folder).read_table(part.name, ["embedding"]).column("embedding"))
-            for folder, part in self.columns
-        ]
+        arrays = []
+        for folder, part in self.columns:
+            column = Folder(folder).read_table(part.name, ["embedding"]).column("embedding")
+            arrays.append(matrix(column.slice(self.skip, self.n_rows)))
         return torch.from_numpy(np.concatenate(arrays, axis=1))
 
     def local(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the sorted global rows that lie in this part, counted from its first."""
+        """Those of the sorted global rows that lie here, counted from the first."""
         first, last = np.searchsorted(rows, [self.first_row, self.first_row + self.n_rows])
         return rows[first:last] - self.first_row
+
+    def segments(self) -> list["PartSource"]:
+        """The rows in equal runs of at most SEGMENT_ROWS."""
+        cuts = np.linspace(0, self.n_rows, -(-self.n_rows // SEGMENT_ROWS) + 1).astype(int)
+        return [
+            replace(self, first_row=self.first_row + first, n_rows=last - first, skip=first)
+            for first, last in pairwise(cuts.tolist())
+        ]
 
 
 GPU_MOST = 2048
 """Results a query that FAISS finds on a GPU; beyond, torch sorts."""
-
-Found = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Similarity and row of the best rows of some queries, each (m, n)."""
 
 
 class Pass(NamedTuple):
@@ -82,7 +97,7 @@ class Pass(NamedTuple):
 
 @dataclass
 class _Held:
-    """Rows of one part, and what k-means knows of them."""
+    """Rows of one segment, and what k-means knows of them."""
 
     source: PartSource
     rows: Tensor
@@ -94,23 +109,12 @@ class _Held:
     rotated: Tensor | None = None
     """The active rows, rotated; made by the first pruned pass."""
 
-    def blocks(self) -> Iterator["_Block"]:
-        """The active rows, BLOCK_ROWS at a time."""
-        return (
-            _Block(self, slice(i, i + BLOCK_ROWS)) for i in range(0, len(self.active), BLOCK_ROWS)
-        )
-
-
-class _Block(NamedTuple):
-    held: _Held
-    rows: slice
-
 
 class Shard:
-    """Rows of some parts, float16 at rest, on the GPU of the actor if it was given one.
+    """Rows of some segments, float16 at rest, on the GPU of the actor if it was given one.
 
-    Memory: 2 n d bytes, as much again while passes are pruned, 8 k d bytes of sums, and for each
-    thread a block of 8 BLOCK_ROWS (d + 1024) bytes.
+    Memory: 2 n d bytes, as much again while passes are pruned, 16 k d bytes of sums, and for each
+    thread 4 SEGMENT_ROWS (d + 1024) bytes.
     """
 
     def __init__(self, n_threads: int) -> None:
@@ -174,30 +178,25 @@ class Shard:
             for held in self._parts:
                 held.centroid = _unassigned(held.active)
         total = self._sums
-        near: Callable[[_Block], tuple[NDArray[np.int32], int, int]]
+        near: _Exact | _Pruned
         near = _Exact(centroids, self._device) if depth is None else _Pruned(centroids, depth)
 
-        def one(block: _Block) -> tuple[int, int, int]:
-            centroid, n_pairs, n_pruned = near(block)
-            before = block.held.centroid[block.rows]
-            moved = np.flatnonzero(before != centroid)
-            rows = block.held.active[block.rows][torch.from_numpy(moved).to(self._device)]
-            present, sums, counts = _difference(rows, before[moved], centroid[moved])
+        def one(held: _Held) -> tuple[int, int, int]:
+            centroid, n_pairs, n_pruned = near(held)
+            moved = np.flatnonzero(held.centroid != centroid)
+            present, sums, counts = _difference(held, moved, centroid)
             with self._lock:
                 total.sums[present] += sums
                 total.counts[present] += counts
-            before[:] = centroid
+            held.centroid = centroid
             return len(moved), n_pairs, n_pruned
 
-        blocks = [block for held in self._parts for block in held.blocks()]
-        if depth is not None:
-            list(self._threads.map(_rotate, self._parts))
-        done = list(self._threads.map(one, blocks))
+        done = list(self._threads.map(one, self._parts))
         so_far = Sums(total.sums.copy(), total.counts.copy())
         return Pass(so_far, *(sum(figures) for figures in zip((0, 0, 0), *done, strict=True)))
 
     def assignment(self) -> list[NDArray[np.int32]]:
-        """Centroid of every active row at the last `assign`, a part at a time."""
+        """Centroid of every active row at the last `assign`, a segment at a time."""
         return [held.centroid for held in self._parts]
 
     def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -283,54 +282,70 @@ def _gpu_memory() -> Any:
     return faiss.StandardGpuResources()
 
 
-def merge_top(found: Iterable[Found], n: int) -> Found:
-    """The best `n` of several result lists: larger similarity first, ties by row number."""
-    lists = list(found)
-    similarity = np.concatenate([s for s, _ in lists], axis=1)
-    row = np.concatenate([r for _, r in lists], axis=1)
-    order = np.lexsort((row, -similarity), axis=1)[:, :n]
-    return np.take_along_axis(similarity, order, 1), np.take_along_axis(row, order, 1)
+class _Wide(threading.local):
+    """Memory of each thread for the rows of a segment in float32, kept from one to the next."""
+
+    buffer = torch.empty(0)
+
+    def rows(self, like: Tensor) -> Tensor:
+        """Room for as many rows, (n, d) float32."""
+        if self.buffer.numel() < like.numel():
+            self.buffer = torch.empty(like.numel())
+        return self.buffer[: like.numel()].view(like.shape)
+
+
+_WIDE = _Wide()
 
 
 class _Exact:
-    """Nearest centroids of blocks, compared with all; of equally near ones the first."""
+    """Nearest centroids of a segment, compared with all; of equally near ones the first."""
 
     def __init__(self, centroids: NDArray[np.float32], device: torch.device) -> None:
         self._centroids = torch.from_numpy(centroids).to(device)
 
-    def __call__(self, block: _Block) -> tuple[NDArray[np.int32], int, int]:
-        rows = block.held.active[block.rows].float()
-        if rows.is_cuda:
-            nearest = (rows @ self._centroids.T).argmax(dim=1).cpu().numpy()
+    def __call__(self, held: _Held) -> tuple[NDArray[np.int32], int, int]:
+        if held.active.is_cuda:
+            blocks = held.active.split(BLOCK_ROWS)
+            found = [(rows.float() @ self._centroids.T).argmax(dim=1) for rows in blocks]
+            nearest = torch.cat(found).cpu().numpy()
         else:
+            rows = _WIDE.rows(held.active).copy_(held.active).numpy()
             metric = faiss.METRIC_INNER_PRODUCT
-            nearest = faiss.knn(rows.numpy(), self._centroids.numpy(), 1, metric=metric)[1][:, 0]
+            nearest = faiss.knn(rows, self._centroids.numpy(), 1, metric=metric)[1][:, 0]
         return nearest.astype(np.int32), 0, 0
 
 
 class _Pruned:
-    """Nearest centroids of blocks by FAISS's pruned pass, on rotated rows.
+    """Nearest centroids of a segment by FAISS's pruned pass, on rotated rows.
 
     FAISS compares L2 distances, which for centroids of one norm finds the largest inner product.
     """
 
     def __init__(self, centroids: NDArray[np.float32], depth: int) -> None:
         width = centroids.shape[1]
-        self._centroids = torch.from_numpy(centroids @ rotation(width))
+        self._centroids = rotate(torch.from_numpy(centroids))
         self._depth = depth
-        self._parameters = faiss.SuperKMeansParameters()
+        # faiss's own stubs lack these three.
+        self._parameters = faiss.SuperKMeansParameters()  # type: ignore[attr-defined]
         significance = self._parameters.ad_epsilon_factor / width
         self._thresholds = faiss.vector_to_array(
-            faiss.precompute_ad_thresholds(width, significance)
+            faiss.precompute_ad_thresholds(width, significance)  # type: ignore[attr-defined]
         )
 
-    def __call__(self, block: _Block) -> tuple[NDArray[np.int32], int, int]:
-        assert block.held.rotated is not None
-        rows = block.held.rotated[block.rows].float()
-        nearest = block.held.centroid[block.rows].copy()
-        before = self._centroids[torch.from_numpy(nearest)]
-        distance = before.sub_(rows).square_().sum(dim=1)
-        n_pairs, n_pruned = faiss.super_kmeans_assign_iteration(
+    def __call__(self, held: _Held) -> tuple[NDArray[np.int32], int, int]:
+        if held.rotated is None:
+            runs = held.active.split(CACHED_ROWS)
+            held.rotated = torch.cat([rotate(rows.float()).half() for rows in runs])
+        rows = _WIDE.rows(held.rotated)
+        nearest = held.centroid.copy()
+        before = torch.from_numpy(nearest)
+        distance = torch.empty(len(rows))
+        # In runs that stay in the cache.
+        for i in range(0, len(rows), CACHED_ROWS):
+            run = slice(i, i + CACHED_ROWS)
+            rows[run] = held.rotated[run]
+            torch.sum((self._centroids[before[run]] - rows[run]).square_(), 1, out=distance[run])
+        n_pairs, n_pruned = faiss.super_kmeans_assign_iteration(  # type: ignore[attr-defined]
             rows.numpy(),
             self._centroids.numpy(),
             distance.numpy(),
@@ -342,39 +357,35 @@ class _Pruned:
         return nearest, n_pairs, n_pruned
 
 
-def _rotate(held: _Held) -> None:
-    """Rotate the active rows, if that is not done."""
-    if held.rotated is None:
-        turn = torch.from_numpy(rotation(held.active.shape[1]))
-        held.rotated = torch.cat(
-            [(rows.float() @ turn).half() for rows in held.active.split(BLOCK_ROWS)]
-        )
-
-
 def _difference(
-    rows: Tensor, before: NDArray[np.int32], after: NDArray[np.int32]
+    held: _Held, moved: NDArray[np.int64], after: NDArray[np.int32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """What moving rows between centroids changes: ids, and of each its sum and its count.
 
     Exact, so that sums kept up to date have the bits of sums made anew.
 
     Args:
-        rows: (n, d) float16.
-        before: centroids they leave, (n,); -1 for none.
-        after: centroids they come to, (n,).
+        held: the rows, and the centroids they leave.
+        moved: which of them move, (m,).
+        after: centroids of all rows from now on, (n,).
     """
-    wide = rows.double()
-    leaving = np.flatnonzero(before >= 0)
-    present, inverse = np.unique(np.concatenate([after, before[leaving]]), return_inverse=True)
-    place = torch.from_numpy(inverse).to(rows.device)
-    sums = wide.new_zeros(len(present), rows.shape[1])
-    sums.index_add_(0, place[: len(rows)], wide)
-    sums.index_add_(
-        0, place[len(rows) :], wide[torch.from_numpy(leaving).to(rows.device)], alpha=-1
+    ids = np.stack([held.centroid[moved], after[moved]])
+    present, inverse = np.unique(ids, return_inverse=True)
+    place = torch.from_numpy(inverse.reshape(ids.shape)).to(held.active.device)
+    which = torch.from_numpy(moved).to(held.active.device)
+    sums = torch.zeros(
+        len(present), held.active.shape[1], dtype=torch.float64, device=held.active.device
     )
-    sign = np.where(np.arange(len(inverse)) < len(rows), 1, -1)
-    counts = np.bincount(inverse, sign, len(present)).astype(np.int64)
-    return present.astype(np.int64), sums.cpu().numpy(), counts
+    for i in range(0, len(moved), CACHED_ROWS):
+        run = slice(i, i + CACHED_ROWS)
+        rows = held.active[which[run]].double()
+        sums.index_add_(0, place[0, run], rows, alpha=-1)
+        sums.index_add_(0, place[1, run], rows)
+    counts = np.bincount(place[1].cpu().numpy(), minlength=len(present))
+    counts -= np.bincount(place[0].cpu().numpy(), minlength=len(present))
+    # Rows that had none leave -1.
+    known = present >= 0
+    return present[known].astype(np.int64), sums.cpu().numpy()[known], counts[known]
 
 
 def _unassigned(rows: Tensor) -> NDArray[np.int32]:

@@ -68,7 +68,7 @@ def embed_images(
     worker: the model and about four blocks of BATCH_ROWS images, 64 MB of files on their way; the
     store's index is 24 bytes an embedding in Ray's object store; the driver holds failures alone.
     """
-    asked: dict[str, Any] = {"version": 2, "options": config}
+    asked: dict[str, Any] = {"version": 3, "options": config}
     inputs = [images, encoder.image_fingerprint]
     # All failures are tried again, so only an artifact without any is known to be what comes out.
     complete = store.reuse("embed_images", inputs=inputs, **asked)

@@ -71,7 +71,7 @@ def find_neighbors(
             add(writer, part)
         writer.facts |= {
             "n_lists": len(plan.group),
-            "n_probe": plan.probes.shape[1],
+            "n_probe": plan.n_probe,
             "lists_s": lists_s,
             "recall": round(sample.recall(_found(writer, sample)), 4),
         }

@@ -41,7 +41,7 @@ def select_nouns(
         writer.start(nouns.n_rows, "nouns")
         if centroids is None:
             selected = np.arange(nouns.n_rows)
-            keep(writer, selected, np.zeros(len(selected)), np.ones(len(selected)))
+            keep(writer, selected, np.zeros(len(selected), dtype=np.int64), np.ones(len(selected)))
             return
         directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
         ids, confidences = [], []

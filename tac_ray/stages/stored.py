@@ -4,7 +4,7 @@ Imports no torch, so that workers that only look things up start in a second.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -61,12 +61,12 @@ def seal_stored(
     embeddings: EmbeddingStore,
     index: ObjectRef[Index],
 ) -> list[Part]:
-    """The stored rows of a listing in its order, in equal parts; one task a part."""
+    """The stored rows of a listing in its order, in equal parts of at most `part_rows`."""
     names = [part.name for part in images.manifest.parts]
     ends = np.array(list(accumulate(count_stored(images, index))))
+    cuts = np.linspace(0, ends[-1], -(-int(ends[-1]) // part_rows) + 1).astype(int)
     tasks = []
-    for number, start in enumerate(range(0, ends[-1], part_rows)):
-        stop = min(start + part_rows, ends[-1])
+    for number, (start, stop) in enumerate(pairwise(cuts.tolist())):
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         skip = start - (ends[first - 1] if first else 0)
         mine = names[first : last + 1]

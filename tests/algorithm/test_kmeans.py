@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from tac_ray.algorithm.kmeans import (
@@ -13,7 +14,7 @@ from tac_ray.algorithm.kmeans import (
     next_depth,
     normalize_rows,
     random_rows,
-    rotation,
+    rotate,
     spread_rows,
 )
 
@@ -196,11 +197,13 @@ def test_spread_rows_are_distinct_also_among_copies():
     assert not np.array_equal(rows[drawn[0]], rows[drawn[1]])
 
 
-def test_a_rotation_keeps_lengths_and_spreads_them():
-    turn = rotation(64)
-    np.testing.assert_allclose(turn @ turn.T, np.eye(64), atol=1e-5)
-    assert np.abs(turn[0]).max() < 0.6
-    np.testing.assert_array_equal(turn, rotation(64))
+@pytest.mark.parametrize("width", [64, 96, 37])
+def test_a_rotation_keeps_inner_products_and_spreads_them(width):
+    turn = rotate(torch.eye(width)).numpy()
+    np.testing.assert_allclose(turn @ turn.T, np.eye(width), atol=1e-5)
+    assert np.abs(turn).max() < 0.75
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((5, width)).astype(np.float32))
+    np.testing.assert_allclose(rotate(rows), rows.numpy() @ turn, atol=1e-5)
 
 
 def test_depth_follows_the_share_that_was_pruned():

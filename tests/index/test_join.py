@@ -51,8 +51,7 @@ def joined(ray_cluster, make_artifact, tmp_path):
             plan, sample = plan_join(index, N, recall=recall, seed=0)
             sources = index.sources
         if everything:
-            n_lists = len(plan.group)
-            plan = dataclasses.replace(plan, probes=np.tile(np.arange(n_lists), (n_lists, 1)))
+            plan = dataclasses.replace(plan, n_probe=len(plan.group))
         folder = Folder(str(tmp_path / f"join{n_shards}"))
         parts = list(join_neighbors(folder, sources, plan, N, exclude="row", on_gpu=False))
         tables = [folder.read_table(part.name) for part in parts]
@@ -73,8 +72,7 @@ def test_a_join_finds_what_it_was_asked_to_and_says_so(joined, several_groups):
     assert plan.expected_recall == pytest.approx(recall, abs=0.02)
     assert plan.n_groups == 4
     # Fewer pairs than there are, but more lists than one: here one would not do.
-    n_lists, n_probe = plan.probes.shape
-    assert 1 < n_probe < n_lists / 2
+    assert 1 < plan.n_probe < len(plan.group) / 2
     alone = plan.of_row[:, None] == plan.of_row[true]
     assert alone.mean() < 0.8
     assert not (found == np.arange(len(rows))[:, None]).any()

@@ -7,8 +7,9 @@ import pytest
 
 from tac_ray.algorithm.kmeans import normalize_rows
 from tac_ray.index import shard as shard_module
+from tac_ray.index.found import merge_top
 from tac_ray.index.group import part_sources
-from tac_ray.index.shard import Shard, merge_top
+from tac_ray.index.shard import Shard
 
 PARTS = [70, 70, 33]
 

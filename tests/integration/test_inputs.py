@@ -125,7 +125,7 @@ def test_every_form_gives_the_same_embeddings(
     np.testing.assert_allclose(got, expected, atol=1e-3)
     assert np.abs(expected[1:] - expected[:-1]).max(axis=1).min() > 2e-3
     assert found.column("image_id").to_pylist() == list(range(N))
-    assert [part.rows for part in found.manifest.parts] == [5, 5, 2]
+    assert [part.rows for part in found.manifest.parts] == [4, 4, 4]
     labels = [None] * N if write is in_text else [str(i % 3) for i in order]
     assert listed.column("label").to_pylist() == labels
     assert found.facts["n_new"] == N
