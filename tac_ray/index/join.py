@@ -31,7 +31,7 @@ LISTS_PER_ROOT = 2.0
 LIST_SAMPLE = 64
 """Rows a list that its centroid is fitted on."""
 LIST_ITERATIONS = 8
-GROUP_ROWS = 1 << 16
+GROUP_ROWS = 1 << 14
 """Rows whose lists one task joins, at least."""
 MOST_GROUPS = 256
 JOIN_ROWS = 4096

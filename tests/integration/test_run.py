@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -116,6 +117,23 @@ def test_assign_puts_new_images_into_the_runs_clusters(finished: Run, tmp_path: 
     assert table.num_rows == 15
     assert set(table["cluster_name"].to_pylist()) <= set(finished.names["name"].to_pylist())
     assert assigned.scores["new"]["tac"].keys() == {"acc", "nmi", "ari"}
+
+
+@pytest.mark.parametrize("method", ["agglomerative", "none"])
+def test_nouns_may_be_chosen_by_another_clustering_or_not_at_all(
+    config: TacConfig, finished: Run, tmp_path: Path, method: Literal["agglomerative", "none"]
+):
+    selection = dataclasses.replace(config.select_nouns, centroid_method=method)
+    other = dataclasses.replace(
+        config, out=str(tmp_path / "run"), methods=("train-free",), select_nouns=selection
+    )
+    found = tac_ray.run(
+        dataclasses.replace(other, store=str(Path(finished.out).parent / "artifacts"))
+    )
+    n_selected = found.artifact("select_nouns").n_rows
+    n_nouns = found.artifact("embed_nouns").n_rows
+    assert n_selected == n_nouns if method == "none" else 0 < n_selected < n_nouns
+    assert found.scores["all"]["train-free"]["acc"] == 1.0
 
 
 def test_bad_images_are_kept_apart_and_the_run_goes_on(config: TacConfig, tmp_path: Path):
