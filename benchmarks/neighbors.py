@@ -63,7 +63,7 @@ def main(options: Options) -> None:
     """Measure and print."""
     for case in options.cases:
         n = CASES[case] // 10 if options.quick else CASES[case]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, ray_session():
             artifact = synthetic_artifact(folder, n, options.width, options.kind)
             line = (exact if case.startswith("exact") else join)(folder, artifact, options)
         figures = {
@@ -109,7 +109,7 @@ def join(folder: str, artifact: Artifact, options: Options) -> dict[str, Any]:
     found = searched(folder, artifact, options, search="join")
     rows = matrix(artifact.column("embedding")).astype(np.float32)
     sample = random_rows(len(rows), min(SAMPLE, len(rows)), seed=1, restart=0)
-    with ray_session(), ShardGroup(options.shards) as index:
+    with ShardGroup(options.shards) as index:
         index.load([artifact])
         began = time.perf_counter()
         _, truth = index.search(sample, N_NEIGHBORS + 1)
@@ -167,7 +167,7 @@ def inverted_file(
 def searched(folder: str, artifact: Artifact, options: Options, *, search: str) -> Artifact:
     """The stage's artifact."""
     config = FindNeighborsConfig(search=search, recall=options.recall)  # type: ignore[arg-type]
-    with ray_session(), ShardGroup(options.shards) as index:
+    with ShardGroup(options.shards) as index:
         store = Store(folder, Silent())
         # Workers that run already, as in a run, where other stages come before.
         few = synthetic_artifact(folder, 2000, options.width, options.kind)

@@ -28,7 +28,7 @@ def synthetic_rows(n: int, width: int, kind: str, *, first: int = 0) -> NDArray[
         first: number of the first row.
     """
     shape = np.random.default_rng(0)
-    n_centers, inner = 2000, width if kind == "separated" else 16
+    n_centers, inner = (2000, width) if kind == "separated" else (200, 16)
     centers = shape.standard_normal((n_centers, inner), dtype=np.float32)
     embed = shape.standard_normal((inner, width), dtype=np.float32) / np.sqrt(inner)
     rows = []

@@ -1,9 +1,10 @@
-"""The benchmark runs, and prints one JSON object a line and nothing else."""
+"""Each benchmark runs, and prints one JSON object a line and nothing else."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,19 +29,41 @@ NEARNESS = {
 }
 
 
-def test_embed_prints_json_lines(tiny_encoder_dir: Path):
-    # A process of its own, since it chooses the bucket of its Ray workers by the environment.
+def quick(name: str, *options: str) -> list[dict[str, Any]]:
+    """What a benchmark prints: in a process of its own, as it chooses its cluster's environment."""
     ran = subprocess.run(
-        [
-            *(sys.executable, str(BENCHMARKS / "embed.py")),
-            *("--quick", "--model", f"local-dir:{tiny_encoder_dir}"),
-        ],
+        [sys.executable, str(BENCHMARKS / name), "--quick", *options],
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.mark.integration
+def test_kmeans_prints_json_lines_and_comes_near_its_peers_objective():
+    lines = quick("kmeans.py")
+    assert [line["case"] for line in lines] == ["kmeans-k667", "kmeans-k4271"]
+    for line in lines:
+        assert line.keys() >= REQUIRED
+        assert line["objective_ratio"] > 0.98
+        assert line["corrected"] < 0.01
+
+
+@pytest.mark.integration
+def test_neighbors_print_json_lines_and_are_those_of_their_peer():
+    exact, *joins = quick("neighbors.py", "--cases", "exact-50k", "join-200k")
+    assert exact.keys() >= REQUIRED
+    assert exact["recall"] > 0.999
+    for line in joins:
+        assert line.keys() >= REQUIRED | {"speedup_over_ivf"}
+        assert line["recall"] > 0.93
+        assert line["recall_told"] == pytest.approx(line["recall"], abs=0.03)
+
+
+def test_embed_prints_json_lines(tiny_encoder_dir: Path):
+    lines = quick("embed.py", "--model", f"local-dir:{tiny_encoder_dir}")
     assert [line["case"] for line in lines] == list(NEARNESS)
     for line in lines:
         assert line.keys() >= REQUIRED

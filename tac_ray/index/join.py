@@ -265,14 +265,13 @@ def _join(group: int, groups: list[Any], plan: JoinPlan, n: int, sources: list[P
 
 
 def _join_run(own: _Rows, lists: "_Lists", plan: JoinPlan, n: int) -> Found:
-    """The `n` best rows of some rows; -inf where their lists hold fewer.
+    """The `n` best rows of some rows.
 
     The first FIRST_PROBES lists give most of the best; of the others only what is better than the
     n-th of those is kept.
     """
     queries = torch.tensor(own.embedding).to(lists.device).float()
-    metric = faiss.METRIC_INNER_PRODUCT
-    probes = faiss.knn(queries.cpu().numpy(), plan.centroids, plan.n_probe, metric=metric)[1]
+    probes = _probes(queries.cpu().numpy(), lists.sizes, plan, n)
     found = _Candidates(len(own.row), n)
     for columns in (slice(0, FIRST_PROBES), slice(FIRST_PROBES, None)):
         probed = probes[:, columns]
@@ -294,6 +293,19 @@ def _join_run(own: _Rows, lists: "_Lists", plan: JoinPlan, n: int) -> Found:
                 )
         found.select()
     return found.similarity, found.row
+
+
+def _probes(
+    queries: NDArray[np.float32], sizes: NDArray[np.int64], plan: JoinPlan, n: int
+) -> NDArray[np.int64]:
+    """The lists that each query visits, nearest first: so many that there are `n` rows in them."""
+    n_probe = plan.n_probe
+    while True:
+        metric = faiss.METRIC_INNER_PRODUCT
+        probes = faiss.knn(queries, plan.centroids, n_probe, metric=metric)[1]
+        if n_probe == len(sizes) or sizes[probes].sum(axis=1).min() >= n:
+            return probes
+        n_probe = min(2 * n_probe, len(sizes))
 
 
 class _Candidates:
@@ -353,6 +365,7 @@ class _Lists:
 
     def __init__(self, groups: list[Any], plan: JoinPlan, device: torch.device) -> None:
         self.device = device
+        self.sizes = np.bincount(plan.of_row, minlength=len(plan.centroids))
         self._groups, self._plan = groups, plan
         self._held: dict[int, _Rows] = {}
         self._wide: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}

@@ -100,6 +100,16 @@ def test_a_thousand_copies_of_one_row_have_each_other(joined):
     np.testing.assert_array_equal(found[copies], expected)
 
 
+def test_a_few_rows_far_from_all_others_have_their_neighbors_all_the_same(joined):
+    rows = overlapping_rows()
+    rows[[5, 1500, 2400]] = -rows[:1000].astype(np.float32).mean(axis=0).astype(np.float16)
+    rows[[5, 1500, 2400], :3] += np.eye(3, dtype=np.float16)
+    found, *_ = joined(rows)
+    assert all(len(set(row)) == N for row in found.tolist())
+    for row, others in ((5, {1500, 2400}), (1500, {5, 2400}), (2400, {5, 1500})):
+        assert set(found[row, :2].tolist()) == others
+
+
 def test_groups_have_about_equally_many_rows_and_near_lists(monkeypatch):
     monkeypatch.setattr(join, "GROUP_ROWS", 100)
     angle = np.linspace(0, np.pi, 64)
