@@ -300,6 +300,24 @@ def test_a_shard_killed_in_a_pass_leaves_no_trace(
 
 
 @pytest.mark.integration
+def test_memory_of_a_shard_grows_as_its_formula_says(ray_cluster, make_artifact):
+    width, sizes = 256, (40_000, 160_000)
+    centroids = unit_rows(300, width, seed=8).astype(np.float32)
+    found = []
+    for n in sizes:
+        rows = np.tile(unit_rows(10_000, width), (n // 10_000, 1))
+        artifact = make_artifact(rows, [20_000] * (n // 20_000))
+        with ShardGroup(1) as group:
+            group.load([artifact])
+            group.assign(centroids)
+            group.assign(centroids, 32)
+            found.append(group.peak_memory_gb)
+    # The rows and the rotated rows; what else there is does not grow.
+    expected = 2 * 2 * width * (sizes[1] - sizes[0]) / 1e9
+    assert found[1] - found[0] == pytest.approx(expected, rel=0.35)
+
+
+@pytest.mark.integration
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("on_ray", [2], indirect=True)
 def test_a_shard_killed_in_a_search_leaves_no_trace(on_ray, make_artifact, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tac_ray.algorithm.kmeans import normalize_rows, random_rows
+from tac_ray.index import kmeans
 from tac_ray.index.kmeans import fit
 
 PARTS = [120, 120, 60]
@@ -188,3 +189,64 @@ def test_rows_without_direction_are_refused_before_the_fit(loaded, value):
     rows[130] = value
     with pytest.raises(ValueError, match=r"row 130 is zero or not finite"):
         loaded(rows, PARTS)
+
+
+def clustered_rows(n: int, d: int, n_centers: int, noise: float = 0.8) -> np.ndarray:
+    rng = np.random.default_rng(7)
+    centers = rng.standard_normal((n_centers, d))
+    rows = centers[rng.integers(n_centers, size=n)] + noise * rng.standard_normal((n, d))
+    return normalize_rows(rows).astype(np.float16)
+
+
+def test_pruned_passes_end_as_well_and_the_assignment_is_exact(loaded, monkeypatch):
+    rows = clustered_rows(900, 64, 50)
+    group = loaded(rows, [500, 400])
+    plain = run(group, 40, prune=False, max_iterations=12)
+    monkeypatch.setattr(kmeans, "PRUNE_CENTROIDS", 40)
+    pruned = run(group, 40, max_iterations=12)
+    assert not any(line["depth"] for line in plain.iterations)
+    depths = [line["depth"] for line in pruned.iterations]
+    assert depths[0] is depths[-1] is None
+    assert all(16 <= depth <= 32 for depth in depths[1:-1])
+    assert pruned.objective > 0.999 * plain.objective
+    assert pruned.corrected < 0.01
+    nearest = (rows.astype(np.float64) @ pruned.centroids.T.astype(np.float64)).argmax(axis=1)
+    np.testing.assert_array_equal(np.concatenate(pruned.assignment), nearest)
+    assert plain.corrected == 0
+
+
+def test_starts_that_are_spread_find_more_of_the_clusters(loaded):
+    group = loaded(clustered_rows(900, 64, 30, noise=0.2), [500, 400])
+    random, spread = (
+        [run(group, 30, seed=seed, seeding=seeding).objective for seed in range(4)]
+        for seeding in ("random", "spread")
+    )
+    assert min(spread) > np.mean(random)
+    assert np.mean(spread) > np.mean(random) + 0.02
+
+
+def test_rows_of_one_number(loaded):
+    rows = np.array([[1], [-1], [0.5], [-2], [1], [1]])
+    result = run(loaded(rows, [4, 2]), 2, seed=1)
+    np.testing.assert_array_equal(np.abs(result.centroids), 1)
+    sides = np.concatenate(result.assignment)
+    assert (sides == sides[0]).tolist() == [True, False, True, False, True, True]
+
+
+def test_rows_of_any_length_go_to_the_centroid_of_their_direction(loaded):
+    rows = clustered_rows(300, 8, 6)
+    lengths = np.random.default_rng(0).uniform(0.25, 4, (300, 1))
+    scaled = (rows * lengths).astype(np.float16)
+    result = run(loaded(scaled, PARTS), 6)
+    np.testing.assert_allclose(np.linalg.norm(result.centroids, axis=1), 1, atol=1e-6)
+    similarity = scaled.astype(np.float64) @ result.centroids.T.astype(np.float64)
+    np.testing.assert_array_equal(np.concatenate(result.assignment), similarity.argmax(axis=1))
+    assert result.objective == pytest.approx(similarity.max(axis=1).mean(), abs=1e-5)
+
+
+def test_figures_of_a_pass_say_how_even_the_clusters_are(loaded):
+    result = run(loaded(unit_rows(N_ROWS, 8), PARTS), 5)
+    counts = np.bincount(np.concatenate(result.assignment), minlength=5)
+    expected = 5 * ((counts / counts.sum()) ** 2).sum()
+    assert result.iterations[-1]["imbalance"] == pytest.approx(expected, rel=0.02)
+    assert all(line["seconds"] > 0 for line in result.iterations)
