@@ -309,9 +309,9 @@ class _Workers:
         n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
         n = n_encoders or n_gpus or len(cpus)
         # On CPU an encoder reserves half the cores of a node, so that decoding is not starved,
-        # and uses all.
+        # and uses all; beside a GPU one core, or less where that would leave none to decode.
         n_threads = max(1, int(min(cpus) * len(cpus) / n))
-        reserved = 1.0 if n_gpus else n_threads / 2
+        reserved = min(1.0, sum(cpus) / n / 2) if n_gpus else n_threads / 2
         reserved = reserved if reserved <= 1 else float(int(reserved))
         n_decoders = max(1, int((sum(cpus) - n * reserved) / DECODE_CPUS))
         grows = bool(n_gpus) and n_encoders is None
