@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import shutil
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,21 @@ def ray_cluster() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def s3_server() -> Iterator[str]:
+    """URL of an S3 server without buckets."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    # Servers of one process share what they hold.
+    urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
+    yield url
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pyarrow.compute as pc
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from tac_ray.artifacts.manifest import Artifact
@@ -112,57 +111,50 @@ def encoded(counts: Path) -> int:
 
 
 def test_a_killed_job_on_a_bad_network_embeds_each_image_once(
-    tiny_encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder_dir: Path, tmp_path: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ):
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    upstream = f"http://{host}:{port}"
     counts = tmp_path / "counts"
-    try:
-        client = boto3.client("s3", endpoint_url=upstream, **CREDENTIALS)
-        client.create_bucket(Bucket=BUCKET)
-        content = {f"in/{i % 7}/image {i:04d}.png": picture(i) for i in range(3000)}
+    client = boto3.client("s3", endpoint_url=s3_server, **CREDENTIALS)
+    client.create_bucket(Bucket=BUCKET)
+    content = {f"in/{i % 7}/image {i:04d}.png": picture(i) for i in range(3000)}
 
-        def put(key: str) -> None:
-            client.put_object(Bucket=BUCKET, Key=key, Body=content[key])
+    def put(key: str) -> None:
+        client.put_object(Bucket=BUCKET, Key=key, Body=content[key])
 
-        with ThreadPoolExecutor(4) as threads, script("faulty_proxy.py", upstream) as proxy:
-            list(threads.map(put, content))
-            command = (
-                f"s3://{BUCKET}/in",
-                f"s3://{BUCKET}/store",
-                f"local-dir:{tiny_encoder_dir}",
-                counts,
-            )
-            for n in (random.randrange(1, 1200), random.randrange(1, 800)):
-                kill_at(start(*command, **aws(proxy)), n)
-                time.sleep(2)  # what is left of its cluster ends
-            finish(start(*command, **aws(proxy)))
-            # In flight at each of two kills: the two blocks an actor has and has not stored.
-            assert 3000 <= encoded(counts) <= 3000 + 2 * 2 * BATCH_ROWS
+    with ThreadPoolExecutor(4) as threads, script("faulty_proxy.py", s3_server) as proxy:
+        list(threads.map(put, content))
+        command = (
+            f"s3://{BUCKET}/in",
+            f"s3://{BUCKET}/store",
+            f"local-dir:{tiny_encoder_dir}",
+            counts,
+        )
+        for n in (random.randrange(1, 1200), random.randrange(1, 800)):
+            kill_at(start(*command, **aws(proxy)), n)
+            time.sleep(2)  # what is left of its cluster ends
+        finish(start(*command, **aws(proxy)))
+        # In flight at each of two kills: the two blocks an actor has and has not stored.
+        assert 3000 <= encoded(counts) <= 3000 + 2 * 2 * BATCH_ROWS
 
-            before = encoded(counts)
-            changed = random.sample(sorted(content), 50)
-            content |= {key: picture(10_000 + i) for i, key in enumerate(changed)}
-            added = {f"in/{i % 7}/new {i:03d}.png": picture(20_000 + i) for i in range(200)}
-            content |= added
-            list(threads.map(put, [*changed, *added]))
-            lines = finish(start(*command, **aws(proxy)))
-        assert encoded(counts) - before == 250
-        told = {line.split()[1]: line.split()[2] for line in lines if line.startswith("artifact")}
-        for name, value in aws(upstream).items():
-            monkeypatch.setenv(name, value)
-        embedded = Artifact.load(told["embed_images"])
-        listed = Artifact.load(told["list_images"])
-        facts = {name: embedded.facts[f"n_{name}"] for name in ("new", "reused", "failed")}
-        assert facts == {"new": 250, "reused": 2950, "failed": 0}
-        uris = listed.column("uri").to_pylist()
-        assert uris == sorted(f"s3://{BUCKET}/{key}" for key in content)
-        assert embedded.column("image_id").to_pylist() == list(range(3200))
-        found = matrix(embedded.column("embedding")).astype(np.float32)
-    finally:
-        server.stop()
+        before = encoded(counts)
+        changed = random.sample(sorted(content), 50)
+        content |= {key: picture(10_000 + i) for i, key in enumerate(changed)}
+        added = {f"in/{i % 7}/new {i:03d}.png": picture(20_000 + i) for i in range(200)}
+        content |= added
+        list(threads.map(put, [*changed, *added]))
+        lines = finish(start(*command, **aws(proxy)))
+    assert encoded(counts) - before == 250
+    told = {line.split()[1]: line.split()[2] for line in lines if line.startswith("artifact")}
+    for name, value in aws(s3_server).items():
+        monkeypatch.setenv(name, value)
+    embedded = Artifact.load(told["embed_images"])
+    listed = Artifact.load(told["list_images"])
+    facts = {name: embedded.facts[f"n_{name}"] for name in ("new", "reused", "failed")}
+    assert facts == {"new": 250, "reused": 2950, "failed": 0}
+    uris = listed.column("uri").to_pylist()
+    assert uris == sorted(f"s3://{BUCKET}/{key}" for key in content)
+    assert embedded.column("image_id").to_pylist() == list(range(3200))
+    found = matrix(embedded.column("embedding")).astype(np.float32)
 
     spec = EncoderSpec(model=f"local-dir:{tiny_encoder_dir}", pretrained=None, precision="fp32")
     encoder: Encoder = spec.load()
