@@ -273,11 +273,12 @@ def _join_run(own: _Rows, lists: "_Lists", plan: JoinPlan, n: int) -> Found:
     queries = torch.tensor(own.embedding).to(lists.device).float()
     probes = _probes(queries.cpu().numpy(), lists.sizes, plan, n)
     found = _Candidates(len(own.row), n)
-    for columns in (slice(0, FIRST_PROBES), slice(FIRST_PROBES, None)):
-        probed = probes[:, columns]
+    for probed in (probes[:, :FIRST_PROBES], probes[:, FIRST_PROBES:]):
+        if not probed.size:
+            continue
         by_list = np.argsort(probed, axis=None, kind="stable")
         ids, starts = np.unique(probed.reshape(-1)[by_list], return_index=True)
-        visitors = by_list // max(1, probed.shape[1])
+        visitors = by_list // probed.shape[1]
         worst = found.worst.to(lists.device)
         for list_id, mine in zip(ids, np.split(visitors, starts[1:]), strict=True):
             rows, row = lists[int(list_id)]
