@@ -7,11 +7,11 @@ import ray
 
 from tac_ray.algorithm.nouns import n_semantic_centroids
 from tac_ray.config import TacConfig
+from tac_ray.index.join import LISTS_PER_ROOT
+from tac_ray.index.kmeans import PRUNE_CENTROIDS
 
 PROCESS_GB = 1.0
 """Libraries of one process."""
-LIST_ROOT = 2.0
-"""Lists of a join are this times sqrt(N), as in `tac_ray.index.join`."""
 TYPICAL_PASSES = 30
 """Passes after which k-means improves by less than its tolerance, on embeddings of photographs."""
 PROBES = 40
@@ -177,7 +177,7 @@ def make_plan(
 
     def k_means(name: str, n_columns: int, k: int, restarts: int) -> StagePlan:
         rows_gb = 2 * n * d * n_columns / 1e9 / n_shards
-        pruned = rate.pruned if k >= 256 and config.kmeans.prune else 1
+        pruned = rate.pruned if k >= PRUNE_CENTROIDS and config.kmeans.prune else 1
         passes = min(config.kmeans.max_iterations, TYPICAL_PASSES) / pruned + 2
         memory = PROCESS_GB + rows_gb * (2 if pruned > 1 else 1) + 24 * k * d * n_columns / 1e9
         flops = 2.0 * n * k * d * n_columns * passes * restarts
@@ -205,7 +205,7 @@ def make_plan(
         neighbors = config.find_neighbors
         kind, flops = "exact", 4.0 * n * n * d
         if neighbors.joins(n):
-            n_lists = LIST_ROOT * math.sqrt(n)
+            n_lists = LISTS_PER_ROOT * math.sqrt(n)
             kind, flops = "join", 4.0 * n * d * (n_lists + min(PROBES / n_lists, 1) * n)
         rows_gb = embedded_gb / n_shards
         written_gb = 2 * 12 * neighbors.n_neighbors * n / 1e9

@@ -173,7 +173,7 @@ class ShardGroup:
                 except (RayActorError, RayTaskError) as error:
                     if not _is_lost(error):
                         raise
-                    self._call("assignment")  # builds what is lost
+                    self._call("memory_gb")  # any call builds what is lost
                     writing = begin(source)
             return ray.get(writing)
 
@@ -205,8 +205,8 @@ class ShardGroup:
             num_gpus=1 if self.on_gpu else 0,
             scheduling_strategy="SPREAD",
         )
-        self._n_threads = max(1, cpus // n_shards)
-        self._shards = [self._actor.remote(self._n_threads) for _ in range(n_shards)]
+        self._each = (max(1, cpus // n_shards), self.on_gpu)
+        self._shards = [self._actor.remote(*self._each) for _ in range(n_shards)]
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """What each shard answers."""
@@ -238,7 +238,7 @@ class ShardGroup:
         raise AssertionError
 
     def _rebuild(self, shard: int) -> None:
-        self._shards[shard] = self._actor.remote(self._n_threads)
+        self._shards[shard] = self._actor.remote(*self._each)
         if self._loaded is not None:
             ray.get(self._begin(shard, "load", (self._held[shard],)))
             for method, arguments in self._told:

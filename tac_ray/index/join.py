@@ -56,8 +56,6 @@ class JoinPlan:
     """Group of each list, (n_lists,)."""
     n_probe: int
     """Lists that each row is joined with, those with the nearest centroids."""
-    expected_recall: float
-    """Share of the true neighbors of sampled rows that lie in those lists."""
 
     @property
     def n_groups(self) -> int:
@@ -100,8 +98,8 @@ def plan_join(index: ShardGroup, n: int, *, recall: float, seed: int) -> tuple[J
     np.put_along_axis(rank, order, np.arange(len(lists.centroids))[None], axis=1)
     # How near to each sampled row the lists of its neighbors are.
     ranks = np.take_along_axis(rank, of_row[one.neighbors], axis=1)
-    n_probe, expected = _fewest(ranks, recall)
-    plan = JoinPlan(lists.centroids, of_row, _groups(lists.centroids, sizes), n_probe, expected)
+    n_probe = _fewest(ranks, recall)
+    plan = JoinPlan(lists.centroids, of_row, _groups(lists.centroids, sizes), n_probe)
     return plan, other
 
 
@@ -125,7 +123,8 @@ class Sample:
 
     def halves(self) -> tuple["Sample", "Sample"]:
         """Two that have no row in common."""
-        return tuple(Sample(self.rows[i::2], self.neighbors[i::2]) for i in (0, 1))  # type: ignore[return-value]
+        one, other = (Sample(self.rows[i::2], self.neighbors[i::2]) for i in (0, 1))
+        return one, other
 
     def recall(self, found: NDArray[np.int64]) -> float:
         """Share of the true neighbors among those found for these rows, (m, n)."""
@@ -136,14 +135,14 @@ class Sample:
         return sum(hits) / self.neighbors.size
 
 
-def _fewest(ranks: NDArray[np.int64], recall: float) -> tuple[int, float]:
-    """The fewest lists that hold enough of the neighbors, and the share that they hold."""
+def _fewest(ranks: NDArray[np.int64], recall: float) -> int:
+    """The fewest lists that hold enough of the neighbors."""
     n_lists = int(ranks.max()) + 1
     for n_probe in range(1, n_lists):
         share = (ranks < n_probe).mean(axis=1)
         if share.mean() - 2 * share.std() / math.sqrt(len(share)) >= recall:
-            return n_probe, float(share.mean())
-    return n_lists, 1.0
+            return n_probe
+    return n_lists
 
 
 def _groups(centroids: NDArray[np.float32], sizes: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -117,11 +117,10 @@ class Shard:
     thread 4 SEGMENT_ROWS (d + 1024) bytes.
     """
 
-    def __init__(self, n_threads: int) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, n_threads: int, on_gpu: bool) -> None:
+        self._device = torch.device("cuda" if on_gpu else "cpu")
         # A GPU takes one block after the other.
-        n = 1 if self._device.type == "cuda" else n_threads
-        self._threads = ThreadPoolExecutor(n, initializer=_single_threaded)
+        self._threads = ThreadPoolExecutor(1 if on_gpu else n_threads, initializer=_single_threaded)
         self._parts: list[_Held] = []
         self._sums: Sums | None = None
         self._lock = threading.Lock()
@@ -277,6 +276,7 @@ def _search(queries: Tensor, rows: Tensor, n: int) -> Found:
 @functools.cache
 def _gpu_memory() -> Any:
     """FAISS's working memory on this process's GPU."""
+    # Importing it lets FAISS take torch tensors.
     import faiss.contrib.torch_utils
 
     return faiss.StandardGpuResources()

@@ -65,7 +65,7 @@ def embed_images(
             should decode for an encoder whose crop it cannot do.
 
     Cost: one forward pass a new image; sealing reads the listing's embeddings once. Peak memory a
-    worker: the model and about four blocks of BATCH_ROWS images, 64 MB of files on their way; the
+    worker: the model and about five blocks of BATCH_ROWS images, 64 MB of files on their way; the
     store's index is 24 bytes an embedding in Ray's object store; the driver holds failures alone.
     """
     asked: dict[str, Any] = {"version": 3, "options": config}

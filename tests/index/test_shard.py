@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from tac_ray.algorithm.kmeans import normalize_rows
 from tac_ray.index import shard as shard_module
@@ -41,7 +42,7 @@ def loaded(make_artifact):
 
     def make(rows: np.ndarray, part_rows: list[int] = PARTS, threads: int = 2):
         sources = part_sources([make_artifact(rows, part_rows)])
-        shard = Shard(threads)
+        shard = Shard(threads, torch.cuda.is_available())
         shard.load(sources)
         return shard, sources
 
@@ -209,7 +210,7 @@ def test_rows_without_direction_are_refused_by_number(make_artifact, value):
     if value:
         rows[75, 1:] = 0.5
     with pytest.raises(ValueError, match=r"row 75 .*2 such rows in part 1.*embed again"):
-        Shard(1).load(part_sources([make_artifact(rows, PARTS)]))
+        Shard(1, torch.cuda.is_available()).load(part_sources([make_artifact(rows, PARTS)]))
 
 
 def test_loading_replaces_what_was_held(loaded, make_artifact):
