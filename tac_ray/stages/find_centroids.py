@@ -49,7 +49,7 @@ def find_centroids(
 
     Cost: 2 N k d operations an iteration that compares everything, a half to a third of it one that
     is pruned. Peak memory a shard: 2 d bytes a row, as much again where passes are pruned, 8 k d
-    bytes and what its threads work on (`Shard`); the driver holds 8 k d bytes a shard and 4 N bytes.
+    bytes and what its threads work on (`Shard`); the driver holds 8 k d bytes a shard and 4 N.
     """
     options = {
         "n_centroids": n_centroids,
