@@ -1,18 +1,19 @@
 """All shards together: actors that own the rows of one or two aligned artifacts."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from tac_ray.artifacts.manifest import Artifact, Part
 from tac_ray.artifacts.storage import Folder
 from tac_ray.index.found import Found, merge_top, write_neighbors
+from tac_ray.index.lists import JoinPlan
 from tac_ray.index.shard import PartSource, Pass, Shard
 
 REBUILDS = 5
@@ -43,15 +44,14 @@ def part_sources(artifacts: list[Artifact]) -> list[PartSource]:
     ]
 
 
-def _share_out(sources: list[PartSource], n_shards: int) -> list[list[PartSource]]:
-    """Neighboring segments for each shard, about equally many rows."""
-    segments = [segment for source in sources for segment in source.segments()]
-    ends = np.cumsum([segment.n_rows for segment in segments])
-    middles = ends - [segment.n_rows / 2 for segment in segments]
-    shard = (middles * n_shards / ends[-1]).astype(int)
+def _share_out(sources: list[PartSource], n_shares: int) -> list[list[PartSource]]:
+    """Neighboring sources together, in shares of about equally many rows."""
+    ends = np.cumsum([source.n_rows for source in sources])
+    middles = ends - [source.n_rows / 2 for source in sources]
+    share = (middles * n_shares / ends[-1]).astype(int)
     return [
-        [segment for segment, mine in zip(segments, shard, strict=True) if mine == i]
-        for i in range(n_shards)
+        [source for source, mine in zip(sources, share, strict=True) if mine == i]
+        for i in range(n_shares)
     ]
 
 
@@ -109,7 +109,8 @@ class ShardGroup:
         self._start()
         self._loaded = None
         self.sources = part_sources(artifacts)
-        self._held = _share_out(self.sources, len(self._shards))
+        segments = [segment for source in self.sources for segment in source.segments()]
+        self._held = _share_out(segments, len(self._shards))
         self._told = []
         self._call_each("load", [(held,) for held in self._held])
         self._loaded = fingerprints
@@ -185,6 +186,86 @@ class ShardGroup:
         while running:
             yield finish(*running.popleft())
 
+    def join_neighbors(
+        self,
+        folder: Folder,
+        plan: JoinPlan,
+        n: int,
+        *,
+        exclude: str,
+        on_rows: Callable[[int], None],
+    ) -> list[Part]:
+        """Write neighbors of every row among the rows of its lists, aligned with the sources.
+
+        Rows go to their lists once, through Ray's object store, which writes to disk what memory
+        cannot hold. If a shard is lost, the join is begun again.
+
+        Args:
+            folder: where the parts go.
+            plan: which lists meet.
+            n: neighbors of a row.
+            exclude: as in `write_neighbors`.
+            on_rows: told how many more rows have their neighbors.
+
+        Cost: see `Shard.join`. In the object stores of all nodes 2 N d bytes of rows, as many again
+        while they are brought to their lists, and 12 N (n + 1) of what was found.
+        """
+        n_told = 0
+
+        def on_group(group: int, n_rows: int) -> None:
+            nonlocal n_told
+            if group == n_told:
+                n_told += 1
+                on_rows(n_rows)
+
+        for _ in range(REBUILDS):
+            try:
+                return self._join(folder, plan, n, exclude, on_group)
+            except (RayActorError, RayTaskError, ObjectLostError) as error:
+                if not _is_lost(error):
+                    raise
+                self._call("memory_gb")  # any call builds what is lost
+        return self._join(folder, plan, n, exclude, on_group)
+
+    def _join(
+        self,
+        folder: Folder,
+        plan: JoinPlan,
+        n: int,
+        exclude: str,
+        on_group: Callable[[int, int], None],
+    ) -> list[Part]:
+        shards, n_groups = self._shards, plan.n_groups
+        runs = [run for run in _share_out(self.sources, len(shards)) if run]
+        first_rows = [run[0].first_row for run in runs]
+        shared = ray.put(plan)
+
+        def several(method: Any, n_answers: int, *arguments: Any) -> list[Any]:
+            answers = method.options(num_returns=n_answers).remote(*arguments)
+            return answers if n_answers > 1 else [answers]
+
+        pieces = [several(shard.to_groups, n_groups, shared) for shard in shards]
+        turns = [shards[group % len(shards)] for group in range(n_groups)]
+        groups = [
+            shard.gather.remote(*mine)
+            for shard, mine in zip(turns, zip(*pieces, strict=True), strict=True)
+        ]
+        del pieces
+        found = [
+            several(shard.join, len(runs), group, groups, shared, n + 1, first_rows)
+            for group, shard in enumerate(turns)
+        ]
+        sizes = np.bincount(plan.group[plan.of_row], minlength=n_groups)
+        writing = [
+            shard.write_joined.remote(folder, run, n, exclude, *mine)
+            for shard, run, mine in zip(shards, runs, zip(*found, strict=True), strict=False)
+        ]
+        for group, mine in enumerate(found):
+            ray.wait(mine, num_returns=len(mine), fetch_local=False)
+            on_group(group, int(sizes[group]))
+        del groups, found
+        return [part for run in ray.get(writing) for part in run]
+
     def close(self) -> None:
         """End the actors and give back what they hold."""
         for shard in self._shards:
@@ -246,9 +327,9 @@ class ShardGroup:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether a task failed because a shard it waited for is gone."""
+    """Whether a step failed because a shard, or what one had found, is gone."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return isinstance(cause, RayActorError)
+    return isinstance(cause, RayActorError | ObjectLostError)
 
 
 @ray.remote(num_cpus=0.5)

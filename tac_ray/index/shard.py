@@ -18,7 +18,8 @@ from tac_ray.artifacts.manifest import Part
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder
 from tac_ray.artifacts.store import resident_gb
-from tac_ray.index.found import Found, merge_top
+from tac_ray.index.found import Found, merge_top, write_neighbors
+from tac_ray.index.lists import JoinPlan, ListedRows, Lists, gathered, join_group, to_groups
 
 BLOCK_ROWS = 4096
 """Queries searched at a time. Blocks are cut at parts, and each runs on one thread, so neither the
@@ -230,6 +231,64 @@ class Shard:
 
         similarity, row = zip(*self._threads.map(one, blocks), strict=True)
         return np.concatenate(similarity), np.concatenate(row)
+
+    def to_groups(self, plan: JoinPlan) -> Any:
+        """The rows of this shard that lie in each group of lists; one answer a group."""
+        rows = [np.zeros((0, plan.centroids.shape[1]), dtype=np.float16)]
+        numbers = [np.zeros(0, dtype=np.int64)]
+        for held in self._parts:
+            rows.append(held.rows.cpu().numpy())
+            numbers.append(held.source.first_row + np.arange(held.source.n_rows))
+        return _answers(to_groups(np.concatenate(rows), np.concatenate(numbers), plan))
+
+    def gather(self, *pieces: ListedRows) -> ListedRows:
+        """The rows of one group, of which each shard had some."""
+        return gathered(pieces)
+
+    def join(
+        self, group: int, groups: list[Any], plan: JoinPlan, n: int, first_rows: list[int]
+    ) -> Any:
+        """The `n` best rows of each row of a group, by what `gather` made of all groups.
+
+        Returns:
+            Global rows, similarity and best rows; an answer for each of the runs of rows that
+            begin at `first_rows`.
+
+        Cost: 2 d operations for each pair of a row and a row of its n_probe lists, and
+        2 d n_lists a row to find those. Memory: 4 d bytes a row of WIDE_LISTS lists, and for each
+        thread 20 bytes a candidate of JOIN_ROWS rows.
+        """
+        lists = Lists(groups, plan, self._device)
+        own = lists.group(group)
+        found = own.row, *join_group(own, lists, n, self._threads.map)
+        run = np.searchsorted(first_rows, own.row, side="right") - 1
+        return _answers(
+            [tuple(column[run == i] for column in found) for i in range(len(first_rows))]
+        )
+
+    def write_joined(
+        self,
+        folder: Folder,
+        sources: list[PartSource],
+        n: int,
+        exclude: str,
+        *found: tuple[NDArray[Any], ...],
+    ) -> list[Part]:
+        """Write neighboring parts from what `join` found for their rows in each group."""
+        row, similarity, best = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(row)
+        starts = np.cumsum([source.n_rows for source in sources])[:-1]
+
+        def write(source: PartSource, places: NDArray[np.int64]) -> Part:
+            found = similarity[places], best[places]
+            return write_neighbors(folder, source.index, source.first_row, n, exclude, *found)
+
+        return list(self._threads.map(write, sources, np.split(order, starts)))
+
+
+def _answers(answers: list[Any]) -> Any:
+    """As Ray takes several answers, which for one is the answer itself."""
+    return answers if len(answers) > 1 else answers[0]
 
 
 def top_rows(queries: Tensor, rows: Tensor, n: int) -> Found:

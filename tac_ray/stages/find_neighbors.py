@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 
-from tac_ray.artifacts.manifest import Artifact, Part
+from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.store import ArtifactWriter, Store
 from tac_ray.config import FindNeighborsConfig
 from tac_ray.index.group import ShardGroup
-from tac_ray.index.join import Sample, join_neighbors, plan_join
+from tac_ray.index.join import Sample, plan_join
 
 
 def find_neighbors(
@@ -26,7 +26,7 @@ def find_neighbors(
     Args:
         store: where artifacts lie.
         config: how many, how a row is kept from being its own neighbor, and how to search.
-        index: the shards that will hold the rows; a join gives them back before it begins.
+        index: the shards that will hold the rows.
         embeddings: artifact with an `embedding` column, of images or of text counterparts.
         seed: of the lists and samples of a join.
         title: what the neighbors are of.
@@ -37,7 +37,8 @@ def find_neighbors(
         search it was, and for a join its lists, how many each met, and its recall on a sample.
 
     Cost: exact: 2 N^2 d operations; peak memory a shard 2 d bytes a row, and a part widened to
-    float32 for each thread. Join: see `plan_join` and `join_neighbors`.
+    float32 for each thread. Join: see `plan_join` and
+    `ShardGroup.join_neighbors`.
     """
     n = min(config.n_neighbors, embeddings.n_rows - 1)
     join = config.joins(embeddings.n_rows)
@@ -49,26 +50,22 @@ def find_neighbors(
             _join(writer)
         else:
             for part in index.write_neighbors(writer.folder, n, exclude=config.self_neighbor):
-                add(writer, part)
-            writer.note_memory(index.peak_memory_gb)
+                writer.parts.append(part)
+                writer.progress.advance(part.rows)
+        writer.note_memory(index.peak_memory_gb)
         writer.facts |= {"n_neighbors": n, "search": "join" if join else "exact"}
-
-    def add(writer: ArtifactWriter, part: Part) -> None:
-        writer.parts.append(part)
-        writer.progress.advance(part.rows)
 
     def _join(writer: ArtifactWriter) -> None:
         begun = time.perf_counter()
         plan, sample = plan_join(index, n, recall=config.recall, seed=seed)
         lists_s = round(time.perf_counter() - begun, 3)
-        sources, on_gpu = index.sources, index.on_gpu
-        writer.note_memory(index.peak_memory_gb)
-        index.close()
-        parts = join_neighbors(
-            writer.folder, sources, plan, n, exclude=config.self_neighbor, on_gpu=on_gpu
+        writer.parts = index.join_neighbors(
+            writer.folder,
+            plan,
+            n,
+            exclude=config.self_neighbor,
+            on_rows=writer.progress.advance,
         )
-        for part in parts:
-            add(writer, part)
         writer.facts |= {
             "n_lists": len(plan.group),
             "n_probe": plan.n_probe,

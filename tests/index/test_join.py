@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import ray
 
 from tac_ray.algorithm.kmeans import normalize_rows
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder
 from tac_ray.index import join
 from tac_ray.index.group import ShardGroup
-from tac_ray.index.join import Sample, join_neighbors, plan_join
+from tac_ray.index.join import Sample, plan_join
 
 pytestmark = pytest.mark.integration
 
@@ -45,15 +46,22 @@ def several_groups(monkeypatch):
 def joined(ray_cluster, make_artifact, tmp_path):
     """Joins rows; the neighbors, the files, the plan and the recall that was told."""
 
-    def run(rows: np.ndarray, *, n_shards: int = 2, n_probe: int | None = None):
+    def run(rows: np.ndarray, *, n_shards: int = 2, n_probe: int | None = None, kill: bool = False):
+        told = []
+
+        def on_rows(n_rows: int) -> None:
+            if kill and not told:
+                ray.kill(index._shards[0])
+            told.append(n_rows)
+
+        folder = Folder(str(tmp_path / f"join{n_shards}{kill}"))
         with ShardGroup(n_shards) as index:
             index.load([make_artifact(rows, PARTS)])
             plan, sample = plan_join(index, N, recall=0.9, seed=0)
-            sources = index.sources
-        if n_probe is not None:
-            plan = dataclasses.replace(plan, n_probe=min(n_probe, len(plan.group)))
-        folder = Folder(str(tmp_path / f"join{n_shards}"))
-        parts = list(join_neighbors(folder, sources, plan, N, exclude="row", on_gpu=False))
+            if n_probe is not None:
+                plan = dataclasses.replace(plan, n_probe=min(n_probe, len(plan.group)))
+            parts = index.join_neighbors(folder, plan, N, exclude="row", on_rows=on_rows)
+        assert sum(told) == sum(PARTS)
         tables = [folder.read_table(part.name) for part in parts]
         found = np.concatenate([matrix(table.column("neighbor_row")) for table in tables])
         return found, parts, plan, sample.recall(found[sample.rows])
@@ -88,6 +96,12 @@ def test_a_join_of_all_lists_finds_all(joined, several_groups):
 def test_a_join_gives_the_same_files_whatever_the_shards(joined, several_groups):
     rows = overlapping_rows()
     assert joined(rows, n_shards=1)[1] == joined(rows, n_shards=3)[1]
+
+
+@pytest.mark.timeout(120)
+def test_a_shard_killed_in_a_join_leaves_no_trace(joined, several_groups):
+    rows = overlapping_rows()
+    assert joined(rows, kill=True)[1] == joined(rows)[1]
 
 
 def test_a_thousand_copies_of_one_row_have_each_other(joined):
