@@ -30,6 +30,10 @@ class Sums(NamedTuple):
         """
         return float((self.sums * centroids).sum() / self.counts.sum())
 
+    def mean_similarity(self, centroids: NDArray[np.float32]) -> float:
+        """Mean similarity of a row and any centroid."""
+        return float(self.sums.sum(axis=0) @ centroids.mean(axis=0) / self.counts.sum())
+
     def imbalance(self) -> float:
         """Sum of k n_c^2 / N^2: 1 if all centroids have equally many rows, k if one has all."""
         shares = self.counts / self.counts.sum()

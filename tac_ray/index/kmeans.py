@@ -23,6 +23,9 @@ Seeding = Literal["random", "spread"]
 
 PRUNE_CENTROIDS = 256
 """Centroids from which a pruned pass is faster than one that compares everything."""
+PRUNE_TIGHT = 0.55
+"""Rows have to be this times as far from their own centroid as from any, in mean squared distance:
+looser clusters, which those of the first passes often are, leave too little to prune."""
 SPREAD_ROWS = 10
 """Random rows a centroid that a k-means++ draw chooses from."""
 _SAMPLE = 1 << 31
@@ -78,7 +81,7 @@ def fit(
     """Cluster the rows the shards hold; the restart with the best objective wins.
 
     A restart stops when no row moves or the objective improves by less than `tolerance` of itself.
-    The first pass of a restart compares every row with every centroid, and so does the pass that
+    The first passes of a restart compare every row with every centroid, and so does the pass that
     makes the final assignment, over all rows also when the fit saw a sample. The passes between
     may be pruned.
 
@@ -92,7 +95,8 @@ def fit(
         max_points_per_centroid: fit on a sample of so many rows a centroid, at most.
         seeding: "random" starts from random rows, "spread" from a k-means++ draw among
             SPREAD_ROWS random rows a centroid.
-        prune: use FAISS's pruned pass where it is faster: on CPU, from PRUNE_CENTROIDS centroids.
+        prune: use FAISS's pruned pass where it is faster: on CPU, from PRUNE_CENTROIDS centroids,
+            once they are as tight as PRUNE_TIGHT.
         on_iteration: told after each pass.
 
     Raises:
@@ -147,7 +151,8 @@ def fit(
                 break
             previous = value
             if depth is None:
-                depth = pruned_from
+                if 1 - value < PRUNE_TIGHT * (1 - done.sums.mean_similarity(used)):
+                    depth = pruned_from
             else:
                 depth = next_depth(depth, width, done.n_pruned / done.n_pairs)
         if depth is not None:

@@ -170,6 +170,8 @@ def test_objective_and_imbalance_follow_from_the_sums():
     total = one_pass(rows, centroids)
     best = (rows.astype(float) @ centroids.T.astype(float)).max(axis=1)
     assert total.objective(centroids) == pytest.approx(best.mean(), abs=1e-7)
+    every = rows.astype(np.float64) @ centroids.T
+    assert total.mean_similarity(centroids) == pytest.approx(every.mean(), abs=1e-7)
     assert sums_with_counts([3, 3, 3]).imbalance() == pytest.approx(1)
     assert sums_with_counts([9, 0, 0]).imbalance() == pytest.approx(3)
 

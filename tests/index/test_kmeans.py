@@ -215,6 +215,12 @@ def test_pruned_passes_end_as_well_and_the_assignment_is_exact(loaded, monkeypat
     assert plain.corrected == 0
 
 
+def test_passes_over_loose_clusters_are_not_pruned(loaded, monkeypatch):
+    monkeypatch.setattr(kmeans, "PRUNE_CENTROIDS", 40)
+    result = run(loaded(unit_rows(900, 64), [500, 400]), 40, max_iterations=6)
+    assert [line["depth"] for line in result.iterations] == [None] * 6
+
+
 def test_starts_that_are_spread_find_more_of_the_clusters(loaded):
     group = loaded(clustered_rows(900, 64, 30, noise=0.2), [500, 400])
     random, spread = (
