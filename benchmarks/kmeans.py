@@ -10,8 +10,8 @@
 
 One JSON object a line. The plain form is faiss.Kmeans, the pruned one faiss.SuperKmeans; the peer
 is the faster of the two. All start from the same rows, use all rows and the same threads; time is
-of the whole fit, per iteration, FAISS having as many as the shards needed. The objective is the mean
-similarity of a row and its nearest centroid, compared for all alike.
+of the whole fit, per iteration, FAISS having as many as the shards needed. The objective is the
+mean similarity of a row and its nearest centroid, compared for all alike.
 """
 
 import json

@@ -1,8 +1,10 @@
 """A quiet session of Ray, for benchmarks: standard output is for the figures."""
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import ray
 import ray.data
 
@@ -37,3 +39,32 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+class WorkersMemory(threading.Thread):
+    """The most memory that a worker of Ray had while this was entered, GB.
+
+    Its own: neither files nor the object store, which workers map, are counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._done = threading.Event()
+        self.peak_gb = 0.0
+
+    def __enter__(self) -> "WorkersMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look five times a second."""
+        while not self._done.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it ended while it was looked at
+                    if process.name().startswith("ray::"):
+                        memory = process.memory_info()
+                        self.peak_gb = max(self.peak_gb, (memory.rss - memory.shared) / 1e9)

@@ -118,7 +118,7 @@ class Store:
         start = time.perf_counter() if begun is None else begun
         writer = ArtifactWriter(folder, self.progress, title or stage)
         write(writer)
-        writer.note_memory(resident_gb())
+        writer.note_memory(own_memory_gb())
         manifest = Manifest(
             stage=stage,
             version=version,
@@ -189,9 +189,10 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def resident_gb() -> float:
-    """Resident memory of this process, GB."""
-    return psutil.Process().memory_info().rss / 1e9
+def own_memory_gb() -> float:
+    """Memory of this process alone, GB: without the files and the object store it maps."""
+    memory = psutil.Process().memory_info()
+    return (memory.rss - getattr(memory, "shared", 0)) / 1e9  # macOS does not say what is shared
 
 
 def _versions() -> dict[str, str]:

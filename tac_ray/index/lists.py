@@ -57,16 +57,11 @@ class ListedRows:
         return ListedRows(self.embedding[which], self.row[which], self.list_id[which])
 
 
-def to_groups(
-    embedding: NDArray[np.float16], row: NDArray[np.int64], plan: JoinPlan
-) -> list[ListedRows]:
-    """The rows of each group."""
-    list_id = plan.of_row[row]
-    group = plan.group[list_id]
-    order = np.lexsort((row, list_id, group))
+def places_of_groups(row: NDArray[np.int64], plan: JoinPlan) -> list[NDArray[np.int64]]:
+    """Which of some global rows lie in each group: their places among them."""
+    group = plan.group[plan.of_row[row]]
     ends = np.cumsum(np.bincount(group, minlength=plan.n_groups))
-    everything = ListedRows(embedding, row, list_id)
-    return [everything.take(places) for places in np.split(order, ends[:-1])]
+    return np.split(np.argsort(group, kind="stable"), ends[:-1])
 
 
 def gathered(pieces: Iterable[ListedRows]) -> ListedRows:

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,9 +18,9 @@ from tac_ray.algorithm.kmeans import Sums, rotate
 from tac_ray.artifacts.manifest import Part
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder
-from tac_ray.artifacts.store import resident_gb
+from tac_ray.artifacts.store import own_memory_gb
 from tac_ray.index.found import Found, merge_top, write_neighbors
-from tac_ray.index.lists import JoinPlan, ListedRows, Lists, gathered, join_group, to_groups
+from tac_ray.index.lists import JoinPlan, ListedRows, Lists, gathered, join_group, places_of_groups
 
 BLOCK_ROWS = 4096
 """Queries searched at a time. Blocks are cut at parts, and each runs on one thread, so neither the
@@ -119,7 +120,8 @@ class Shard:
     """Rows of some segments, float16 at rest, on the GPU of the actor if it was given one.
 
     Memory: 2 n d bytes, as much again while passes are pruned, 16 k d bytes of sums, and for each
-    thread 4 SEGMENT_ROWS (d + 1024) bytes.
+    thread 4 SEGMENT_ROWS (d + 1024) bytes. In a join 2 n d bytes, and 4 d for each row of
+    WIDE_LISTS lists.
     """
 
     def __init__(self, n_threads: int, on_gpu: bool) -> None:
@@ -131,8 +133,8 @@ class Shard:
         self._lock = threading.Lock()
 
     def memory_gb(self) -> float:
-        """Resident memory of this process, GB."""
-        return resident_gb()
+        """Memory of this process, GB."""
+        return own_memory_gb()
 
     def load(self, sources: list[PartSource]) -> None:
         """Take the rows of these parts in place of those held.
@@ -237,17 +239,27 @@ class Shard:
         return np.concatenate(similarity), np.concatenate(row)
 
     def to_groups(self, plan: JoinPlan) -> Any:
-        """The rows of this shard that lie in each group of lists; one answer a group."""
-        rows = [np.zeros((0, plan.centroids.shape[1]), dtype=np.float16)]
-        numbers = [np.zeros(0, dtype=np.int64)]
+        """The rows of this shard in each group of lists, by segment; one answer a group."""
+        segments = []
         for held in self._parts:
-            rows.append(held.rows.cpu().numpy())
-            numbers.append(held.source.first_row + np.arange(held.source.n_rows))
-        return _answers(to_groups(np.concatenate(rows), np.concatenate(numbers), plan))
+            rows = held.source.first_row + np.arange(held.source.n_rows)
+            segments.append((held.rows, rows, places_of_groups(rows, plan)))
 
-    def gather(self, *pieces: ListedRows) -> ListedRows:
+        def of_group(group: int) -> list[ListedRows]:
+            found = []
+            for embedding, rows, places in segments:
+                mine = embedding[torch.from_numpy(places[group]).to(embedding.device)]
+                row = rows[places[group]]
+                found.append(ListedRows(mine.cpu().numpy(), row, plan.of_row[row]))
+            return found
+
+        # Ray takes one after the other, and stores it.
+        answers = (of_group(group) for group in range(plan.n_groups))
+        return _answers(answers, plan.n_groups)
+
+    def gather(self, *pieces: list[ListedRows]) -> ListedRows:
         """The rows of one group, of which each shard had some."""
-        return gathered(pieces)
+        return gathered(piece for shard in pieces for piece in shard)
 
     def join(
         self, group: int, groups: list[Any], plan: JoinPlan, n: int, first_rows: list[int]
@@ -266,9 +278,9 @@ class Shard:
         own = lists.group(group)
         found = own.row, *join_group(own, lists, n, self._threads.map)
         run = np.searchsorted(first_rows, own.row, side="right") - 1
-        return _answers(
-            [tuple(column[run == i] for column in found) for i in range(len(first_rows))]
-        )
+        n_runs = len(first_rows)
+        answers = (tuple(column[run == i] for column in found) for i in range(n_runs))
+        return _answers(answers, n_runs)
 
     def write_joined(
         self,
@@ -290,9 +302,9 @@ class Shard:
         return list(self._threads.map(write, sources, np.split(order, starts)))
 
 
-def _answers(answers: list[Any]) -> Any:
+def _answers(answers: Iterable[Any], n: int) -> Any:
     """As Ray takes several answers, which for one is the answer itself."""
-    return answers if len(answers) > 1 else answers[0]
+    return answers if n > 1 else next(iter(answers))
 
 
 def top_rows(queries: Tensor, rows: Tensor, n: int) -> Found:
@@ -388,7 +400,7 @@ class _Pruned:
         width = centroids.shape[1]
         self._centroids = rotate(torch.from_numpy(centroids))
         self._depth = depth
-        # faiss's own stubs lack these three.
+        # faiss's own stubs lack these four.
         self._parameters = faiss.SuperKMeansParameters()  # type: ignore[attr-defined]
         self._parameters.x_batch = PRUNED_BATCH
         significance = self._parameters.ad_epsilon_factor / width
@@ -403,7 +415,7 @@ class _Pruned:
         rows = _WIDE.rows(held.rotated).copy_(held.rotated)
         nearest, before = held.centroid.copy(), held.centroid.astype(np.int64)
         distance = np.empty(len(rows), dtype=np.float32)
-        faiss.fvec_L2sqr_by_idx(
+        faiss.fvec_L2sqr_by_idx(  # type: ignore[attr-defined]
             faiss.swig_ptr(distance),
             faiss.swig_ptr(rows.numpy()),
             faiss.swig_ptr(self._centroids.numpy()),

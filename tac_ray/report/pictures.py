@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from tac_ray.artifacts.manifest import Artifact, Part, describe
 from tac_ray.artifacts.schemas import PICTURES
 from tac_ray.artifacts.storage import Folder, table_bytes
-from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.encoders.decode import decode_image
 from tac_ray.sources.reading import WHERE, read_images
 from tac_ray.stages.parts import map_parts
@@ -138,7 +138,7 @@ def _draw_sheets(
         data = draw_sheet([tiles[row] for row in rows], [kinds[row] for row in rows])
         folder.write(name, data)
         sheets.append(describe(name, data))
-    return sheets, tiles.count(None), resident_gb()
+    return sheets, tiles.count(None), own_memory_gb()
 
 
 def sheet_name(cluster: int) -> str:

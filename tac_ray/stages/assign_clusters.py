@@ -15,7 +15,7 @@ from tac_ray.algorithm.names import name_clusters, noun_salience
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
 from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, matrix
 from tac_ray.artifacts.storage import Folder, array_from, table_bytes
-from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import Method
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.train_heads import load_heads
@@ -170,7 +170,7 @@ def _assign_part(
             np.bincount(cluster_id, minlength=n_clusters),
             np.bincount(cluster_id, probability, n_clusters).astype(np.float64),
         ),
-        resident_gb(),
+        own_memory_gb(),
     )
 
 

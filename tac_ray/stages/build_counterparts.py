@@ -8,7 +8,7 @@ from tac_ray.algorithm.counterparts import text_counterparts
 from tac_ray.artifacts.manifest import Artifact, Part, write_part
 from tac_ray.artifacts.schemas import matrix, matrix_column
 from tac_ray.artifacts.storage import Folder
-from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import BuildCounterpartsConfig
 from tac_ray.stages.parts import map_parts
 
@@ -80,4 +80,4 @@ def _build_part(
             ),
         }
     )
-    return write_part(folder, index, table, plain=True), resident_gb()
+    return write_part(folder, index, table, plain=True), own_memory_gb()

@@ -24,7 +24,7 @@ from tac_ray.artifacts.embeddings import KEY_BYTES, EmbeddingStore, Index, image
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import FAILURES
 from tac_ray.artifacts.storage import table_bytes
-from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, own_memory_gb
 from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import Crop, decode_image
@@ -199,7 +199,7 @@ class EncodePixels:
             "encode_s": [encode_s],
             "began": [began],
             "ended": [time.time()],
-            "memory_gb": [resident_gb()],
+            "memory_gb": [own_memory_gb()],
         }
 
     def _encode(

@@ -14,7 +14,7 @@ from ray.util import ActorPool
 from tac_ray.algorithm.nouns import mean_over_templates
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
-from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of, resident_gb
+from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of, own_memory_gb
 from tac_ray.config import EmbedNounsConfig
 from tac_ray.encoders.clip import EncoderSpec
 from tac_ray.encoders.prompts import PROMPT_TEMPLATES
@@ -89,7 +89,7 @@ class TextEncoder:
         start = time.perf_counter()
         embedding = self._encoder.encode_prompts(nouns, batch_size=self._batch_size)
         half = mean_over_templates(embedding).half().numpy()
-        return half, time.perf_counter() - start, resident_gb()
+        return half, time.perf_counter() - start, own_memory_gb()
 
 
 def _embed(

@@ -26,7 +26,7 @@ from tac_ray.algorithm.sampling import epoch_neighbors, epoch_rows
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder, filesystem, is_local
-from tac_ray.artifacts.store import ArtifactWriter, Store, resident_gb, result_options
+from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb, result_options
 from tac_ray.config import TrainHeadsConfig
 
 STATE_FILE = "state.pt"
@@ -306,7 +306,7 @@ def _report(
         "heads": {name: tensor.cpu() for name, tensor in heads.state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "metrics": metrics,
-        "memory_gb": resident_gb(),
+        "memory_gb": own_memory_gb(),
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, Path(folder) / STATE_FILE)

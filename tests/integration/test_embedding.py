@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -177,8 +178,11 @@ def test_gpus_are_free_again_at_the_end(tiny_encoder_dir: Path, tmp_path: Path):
     assert lines[-1] == "gpus free 2"
 
 
-class PrivateMemory(threading.Thread):
-    """The largest private memory of a process and of each of its workers, in MB."""
+class AnonymousMemory(threading.Thread):
+    """The most memory of its own that a process and each of its workers has, in MB.
+
+    Neither files nor the object store count, of which a process maps what it happens to touch.
+    """
 
     def __init__(self, root: psutil.Process) -> None:
         super().__init__(daemon=True)
@@ -188,23 +192,28 @@ class PrivateMemory(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(0.2):
-            with suppress(psutil.Error):  # a process ended while it was looked at
+            with suppress(psutil.Error, OSError):  # a process ended while it was looked at
                 self._look()
 
     def _look(self) -> None:
         for process in [self.root, *self.root.children(recursive=True)]:
-            mb = process.memory_full_info().uss / 1e6
+            mb = anonymous_mb(process.pid)
             if process == self.root:
                 self.driver = max(self.driver, mb)
             elif process.name().startswith("ray::"):
                 self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
 
 
+def anonymous_mb(pid: int) -> float:
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 / 1e6 if found else 0.0  # a process that has ended has none
+
+
 def measure(
     place: str, store: str, *encoder_and_counts: object, **environment: str
-) -> PrivateMemory:
+) -> AnonymousMemory:
     process = start(place, store, *encoder_and_counts, **environment)
-    memory = PrivateMemory(psutil.Process(process.pid))
+    memory = AnonymousMemory(psutil.Process(process.pid))
     memory.start()
     finish(process)
     memory.done.set()
