@@ -11,7 +11,6 @@ kmeans.py and neighbors.py have them, at sizes where they end.
 """
 
 import json
-import math
 import platform
 import tempfile
 import time
@@ -27,7 +26,6 @@ from tac_ray.artifacts.store import Store
 from tac_ray.config import FindNeighborsConfig
 from tac_ray.index.group import ShardGroup
 from tac_ray.index.kmeans import fit
-from tac_ray.index.lists import WIDE_LISTS
 from tac_ray.index.shard import SEGMENT_ROWS
 from tac_ray.plan import GPU, PROCESS_GB, TYPICAL_PASSES
 from tac_ray.stages.find_neighbors import find_neighbors
@@ -98,9 +96,8 @@ def main(options: Options) -> None:
         "recall": facts["recall"],
         **{name: facts[name] for name in ("lists_s", "n_lists", "n_probe")},
         "kmeans_peak_gb": round(kmeans_memory.peak_gb, 2),
-        "kmeans_formula_gb": round(kmeans_gb(n, d, k, options.shards), 2),
+        "formula_gb": round(formula_gb(n, d, k, options.shards), 2),
         "join_peak_gb": round(join_memory.peak_gb, 2),
-        "join_formula_gb": round(join_gb(n, d, options.shards, facts["n_lists"]), 2),
         "full_kmeans_s": round(passes),
         "exact_neighbors_s": round(2.0 * n * n * d / (pass_flops / seconds[0])),
         "h200_kmeans_s": round((TYPICAL_PASSES + 2) * pass_flops / GPU.flops, 1),
@@ -112,14 +109,9 @@ def main(options: Options) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def kmeans_gb(n: int, d: int, k: int, n_shards: int) -> float:
-    """Memory of a shard of one thread in k-means, as its docstring has it."""
+def formula_gb(n: int, d: int, k: int, n_shards: int) -> float:
+    """Memory of a shard of one thread, as its docstring has it."""
     return PROCESS_GB + (4 * n * d / n_shards + 16 * k * d + 4 * SEGMENT_ROWS * (d + 1024)) / 1e9
-
-
-def join_gb(n: int, d: int, n_shards: int, n_lists: int) -> float:
-    """The same in a join."""
-    return PROCESS_GB + (2 * n * d / n_shards + 4 * d * WIDE_LISTS * math.ceil(n / n_lists)) / 1e9
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a shard does in a join: rows are brought to their lists, and lists meet."""
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ JOIN_ROWS = 4096
 """Rows of a group that visit lists together."""
 FIRST_PROBES = 3
 """Lists whose rows are all looked at, to know how near the others have to be."""
-WIDE_LISTS = 256
-"""Lists a shard keeps in float32."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,6 @@ class Lists:
         self.sizes = np.bincount(plan.of_row, minlength=len(plan.centroids))
         self._groups = groups
         self._held: dict[int, ListedRows] = {}
-        self._wide: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
-        self._lock = threading.Lock()
 
     def group(self, group: int) -> ListedRows:
         """All rows of a group."""
@@ -89,15 +84,9 @@ class Lists:
         return self._held[group]
 
     def __getitem__(self, list_id: int) -> tuple[Tensor, NDArray[np.int64]]:
-        with self._lock:
-            if list_id not in self._wide:
-                held = self.group(int(self.plan.group[list_id]))
-                first, last = np.searchsorted(held.list_id, [list_id, list_id + 1])
-                if len(self._wide) >= WIDE_LISTS:
-                    self._wide.pop(next(iter(self._wide)))
-                rows = torch.tensor(held.embedding[first:last]).to(self.device).float()
-                self._wide[list_id] = rows, held.row[first:last]
-            return self._wide[list_id]
+        held = self.group(int(self.plan.group[list_id]))
+        mine = slice(*np.searchsorted(held.list_id, [list_id, list_id + 1]))
+        return torch.tensor(held.embedding[mine]).to(self.device).float(), held.row[mine]
 
 
 Map = Callable[[Callable[[ListedRows], Found], list[ListedRows]], Iterable[Found]]

@@ -120,8 +120,7 @@ class Shard:
     """Rows of some segments, float16 at rest, on the GPU of the actor if it was given one.
 
     Memory: 2 n d bytes, as much again while passes are pruned, 16 k d bytes of sums, and for each
-    thread 4 SEGMENT_ROWS (d + 1024) bytes. In a join 2 n d bytes, and 4 d for each row of
-    WIDE_LISTS lists.
+    thread 4 SEGMENT_ROWS (d + 1024) bytes. A join needs no more.
     """
 
     def __init__(self, n_threads: int, on_gpu: bool) -> None:
@@ -267,20 +266,21 @@ class Shard:
         """The `n` best rows of each row of a group, by what `gather` made of all groups.
 
         Returns:
-            Global rows, similarity and best rows; an answer for each of the runs of rows that
-            begin at `first_rows`.
+            Global rows, sorted, with similarity and best rows; an answer for each of the runs of
+            rows that begin at `first_rows`.
 
         Cost: 2 d operations for each pair of a row and a row of its n_probe lists, and
-        2 d n_lists a row to find those. Memory: 4 d bytes a row of WIDE_LISTS lists, and for each
-        thread 20 bytes a candidate of JOIN_ROWS rows.
+        2 d n_lists a row to find those. Memory: for each thread 20 bytes a candidate of JOIN_ROWS
+        rows, and a list in float32; what is found of the group, 12 n bytes a row, twice.
         """
         lists = Lists(groups, plan, self._device)
         own = lists.group(group)
-        found = own.row, *join_group(own, lists, n, self._threads.map)
-        run = np.searchsorted(first_rows, own.row, side="right") - 1
-        n_runs = len(first_rows)
-        answers = (tuple(column[run == i] for column in found) for i in range(n_runs))
-        return _answers(answers, n_runs)
+        by_row = np.argsort(own.row)
+        found = [own.row, *join_group(own, lists, n, self._threads.map)]
+        found = [column[by_row] for column in found]
+        cuts = np.searchsorted(found[0], first_rows[1:])
+        runs = list(zip(*(np.split(column, cuts) for column in found), strict=True))
+        return _answers(runs, len(runs))
 
     def write_joined(
         self,
@@ -291,15 +291,19 @@ class Shard:
         *found: tuple[NDArray[Any], ...],
     ) -> list[Part]:
         """Write neighboring parts from what `join` found for their rows in each group."""
-        row, similarity, best = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.argsort(row)
-        starts = np.cumsum([source.n_rows for source in sources])[:-1]
 
-        def write(source: PartSource, places: NDArray[np.int64]) -> Part:
-            found = similarity[places], best[places]
-            return write_neighbors(folder, source.index, source.first_row, n, exclude, *found)
+        def write(source: PartSource) -> Part:
+            mine = []
+            for row, *columns in found:
+                ends = [source.first_row, source.first_row + source.n_rows]
+                run = slice(*np.searchsorted(row, ends))
+                mine.append([row[run], *(column[run] for column in columns)])
+            row, similarity, best = (np.concatenate(column) for column in zip(*mine, strict=True))
+            order = np.argsort(row)
+            best_rows = similarity[order], best[order]
+            return write_neighbors(folder, source.index, source.first_row, n, exclude, *best_rows)
 
-        return list(self._threads.map(write, sources, np.split(order, starts)))
+        return list(self._threads.map(write, sources))
 
 
 def _answers(answers: Iterable[Any], n: int) -> Any:

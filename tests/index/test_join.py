@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -12,6 +13,7 @@ from tac_ray.artifacts.storage import Folder
 from tac_ray.index import join
 from tac_ray.index.group import ShardGroup
 from tac_ray.index.join import Sample, plan_join
+from tests.memory import PeakMemory
 
 pytestmark = pytest.mark.integration
 
@@ -123,6 +125,25 @@ def test_a_few_rows_far_from_all_others_have_their_neighbors_all_the_same(joined
     assert all(len(set(row)) == N for row in found.tolist())
     for row in lonely:
         assert set(found[row, :2].tolist()) == set(lonely) - {row}
+
+
+def test_memory_of_a_join_grows_as_its_formula_says(ray_cluster, make_artifact, tmp_path):
+    width, sizes = 256, (50_000, 200_000)
+    rng = np.random.default_rng(1)
+    centers = rng.standard_normal((500, width))
+    peaks = []
+    for n in sizes:
+        rows = normalize_rows(centers[rng.integers(500, size=n)] + rng.standard_normal((n, width)))
+        with ShardGroup(1) as index:
+            index.load([make_artifact(rows.astype(np.float16), [25_000] * (n // 25_000))])
+            plan, _ = plan_join(index, N, recall=0.5, seed=0)
+            folder = Folder(str(tmp_path / str(n)))
+            with PeakMemory(psutil.Process(), "ray::Shard") as memory:
+                index.join_neighbors(folder, plan, N, exclude="row", on_rows=lambda _: None)
+        peaks.append(memory.largest_mb)
+    # The rows, and as much again; a float32 copy of all rows would double it.
+    expected = 4 * width * (sizes[1] - sizes[0]) / 1e6
+    assert peaks[1] - peaks[0] < 1.4 * expected
 
 
 def test_groups_have_about_equally_many_rows_and_near_lists(monkeypatch):

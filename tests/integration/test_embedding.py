@@ -3,16 +3,14 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -27,6 +25,7 @@ from tac_ray.artifacts.schemas import matrix
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import decode_image
 from tac_ray.stages.embed_images import BATCH_ROWS
+from tests.memory import PeakMemory
 
 pytestmark = pytest.mark.integration
 
@@ -178,46 +177,10 @@ def test_gpus_are_free_again_at_the_end(tiny_encoder_dir: Path, tmp_path: Path):
     assert lines[-1] == "gpus free 2"
 
 
-class AnonymousMemory(threading.Thread):
-    """The most memory of its own that a process and each of its workers has, in MB.
-
-    Neither files nor the object store count, of which a process maps what it happens to touch.
-    """
-
-    def __init__(self, root: psutil.Process) -> None:
-        super().__init__(daemon=True)
-        self.root, self.done = root, threading.Event()
-        self.driver = 0.0
-        self.workers: dict[int, float] = {}
-
-    def run(self) -> None:
-        while not self.done.wait(0.2):
-            with suppress(psutil.Error, OSError):  # a process ended while it was looked at
-                self._look()
-
-    def _look(self) -> None:
-        for process in [self.root, *self.root.children(recursive=True)]:
-            mb = anonymous_mb(process.pid)
-            if process == self.root:
-                self.driver = max(self.driver, mb)
-            elif process.name().startswith("ray::"):
-                self.workers[process.pid] = max(self.workers.get(process.pid, 0.0), mb)
-
-
-def anonymous_mb(pid: int) -> float:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) * 1024 / 1e6 if found else 0.0  # a process that has ended has none
-
-
-def measure(
-    place: str, store: str, *encoder_and_counts: object, **environment: str
-) -> AnonymousMemory:
+def measure(place: str, store: str, *encoder_and_counts: object, **environment: str) -> PeakMemory:
     process = start(place, store, *encoder_and_counts, **environment)
-    memory = AnonymousMemory(psutil.Process(process.pid))
-    memory.start()
-    finish(process)
-    memory.done.set()
-    memory.join()
+    with PeakMemory(psutil.Process(process.pid)) as memory:
+        finish(process)
     return memory
 
 
@@ -240,10 +203,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, 
         found[n] = measure(*command)
         assert encoded(counts) == n
     few, many = found[10_000], found[100_000]
-    print(f"driver {few.driver:.0f} -> {many.driver:.0f} MB, largest worker ", end="")
-    print(f"{max(few.workers.values()):.0f} -> {max(many.workers.values()):.0f} MB")
-    assert many.driver < 1.1 * few.driver
-    assert max(many.workers.values()) < 1.1 * max(few.workers.values())
+    print(f"driver {few.root_mb:.0f} -> {many.root_mb:.0f} MB, largest worker ", end="")
+    print(f"{few.largest_mb:.0f} -> {many.largest_mb:.0f} MB")
+    assert many.root_mb < 1.1 * few.root_mb
+    assert many.largest_mb < 1.1 * few.largest_mb
 
 
 TINY = picture(0)
@@ -278,8 +241,9 @@ def test_a_million_keys_are_listed_in_bounded_memory(tmp_path: Path):
     few, many = found.values()
     print(f"1,000,000 keys: {seconds:.0f} s with the start of Ray; one caller, ten times 100,000: ")
     print(
-        f"{peer_s:.0f} s. Driver {few.driver:.0f} -> {many.driver:.0f} MB, largest worker ", end=""
+        f"{peer_s:.0f} s. Driver {few.root_mb:.0f} -> {many.root_mb:.0f} MB, largest worker ",
+        end="",
     )
-    print(f"{max(few.workers.values()):.0f} -> {max(many.workers.values()):.0f} MB")
-    assert many.driver < 1.1 * few.driver
-    assert max(many.workers.values()) < 1.5 * max(few.workers.values())
+    print(f"{few.largest_mb:.0f} -> {many.largest_mb:.0f} MB")
+    assert many.root_mb < 1.1 * few.root_mb
+    assert many.largest_mb < 1.5 * few.largest_mb
