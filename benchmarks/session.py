@@ -61,8 +61,8 @@ class WorkersMemory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Look five times a second."""
-        while not self._done.wait(0.2):
+        """Look once a second, which takes a hundredth of a core."""
+        while not self._done.wait(1):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):  # it ended while it was looked at
                     if process.name().startswith("ray::"):

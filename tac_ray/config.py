@@ -226,13 +226,31 @@ class TrainHeadsConfig:
     """published: negatives of both modalities, mean; paper: Eq. 11-13."""
     confidence_form: ConfidenceForm = "published"
     """published: mean of -log(p . q); paper: Eq. 14."""
+    products: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the products of matrices, whose sums are always fp32. auto: bf16 on GPUs, and on
+    CPU where the processor computes in it; fp32 elsewhere."""
+    stable_below: float | None = None
+    """End once a smaller share of the images changes cluster in an epoch; default: never."""
     n_workers: int | None = _unhashed(None)
     """Training workers; default is one per GPU, or one on CPU."""
+    min_workers: int | None = _unhashed(None)
+    """Begin, and go on after losing machines, with as few as these; default: all."""
     checkpoint_every: int = _unhashed(10)
     """Epochs between checkpoints."""
+    tensorboard: str | None = _unhashed(None)
+    """Folder or s3:// prefix for TensorBoard's event files of the losses; default: none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, epochs=1, batch_size=2, n_workers=1, checkpoint_every=1, balance_weight=0)
+        _at_least(
+            self,
+            epochs=1,
+            batch_size=2,
+            n_workers=1,
+            min_workers=1,
+            checkpoint_every=1,
+            balance_weight=0,
+            stable_below=0,
+        )
 
     def resolve(self, n_clusters: int) -> "TrainHeadsConfig":
         """The same with the defaults that follow K filled in."""
@@ -268,6 +286,9 @@ class TacConfig:
     and tables (column label) say, else the folder if every image lies in one."""
     methods: tuple[Method, ...] = ("kmeans", "train-free", "tac")
     """What to run; the last is the answer in `clusters/`, the others lie beside it."""
+    match_run: str | None = None
+    """--out of an earlier run over some of the same images: clusters that are found again keep the
+    ids and names they had there."""
     seed: int = 0
     """Of k-means, of the heads and of their samples."""
     n_shards: int | None = _unhashed(None)
@@ -322,7 +343,7 @@ def reference(**options: Any) -> TacConfig:
         "select_nouns": SelectNounsConfig(selection_precision="float16"),
         "build_counterparts": BuildCounterpartsConfig(counterpart_precision="float16"),
         "find_neighbors": FindNeighborsConfig(self_neighbor="first_column"),
-        "train_heads": TrainHeadsConfig(batch_over_n="refuse"),
+        "train_heads": TrainHeadsConfig(batch_over_n="refuse", products="fp32"),
     }
     return TacConfig(**{**published, **options})
 

@@ -35,6 +35,7 @@ from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
 from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
+from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.train_heads import check_batch, train_heads
@@ -72,6 +73,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         if place is not None:
             check_place(place)
     noun_list = load_nouns(config.embed_nouns.nouns, config.embed_nouns.noun_form)
+    earlier = _run_to_match(config)
     with _ray_session(config.verbose):
         listing = list_images(store, config.images, labels=config.labels)
         _check_sizes(config, listing.n_rows)
@@ -135,6 +137,16 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             method: assign_clusters(store, models[method], listing, images, counterparts, selected)
             for method in config.methods
         }
+        if earlier:
+            before = earlier.artifact(f"assign_clusters:{earlier.answer}")
+            answer = config.answer
+            matching = match_clusters(store, assignments[answer], before)
+            steps.add("match_clusters", matching)
+            Folder(config.out).write(MATCHING_FILE, matching.folder.read(MATCHING_FILE))
+            models[answer] = dataclasses.replace(models[answer], matching=matching)
+            assignments[answer] = assign_clusters(
+                store, models[answer], listing, images, counterparts, selected
+            )
         for method, assignment in assignments.items():
             steps.add(f"assign_clusters:{method}", assignment)
             suffix = "" if method == config.answer else f"-{method}"
@@ -168,23 +180,51 @@ def assign(
     Raises:
         FileNotFoundError: no run there, or it is not finished.
     """
-    earlier = Run.load(absolute(run_path))
-    if not earlier.finished:
-        raise FileNotFoundError(f"the run at {run_path} is not finished; run it again to its end")
+    earlier = _finished_run(run_path)
     config = dataclasses.replace(
-        from_dict(earlier.config), images=images, out=out, val_images=None, verbose=verbose
+        from_dict(earlier.config),
+        images=images,
+        out=out,
+        val_images=None,
+        match_run=None,
+        verbose=verbose,
     )
     config = _absolute_paths(config)
     steps = _Steps(config, progress or ConsoleProgress(), model_run=earlier.out)
     with _ray_session(verbose):
         spec = _encoder_spec(config)
         step = {"tac": "train_heads"}.get(config.answer, f"find_centroids:{config.answer}")
-        model = Model(method=config.answer, artifact=earlier.artifact(step))
+        matched = "match_clusters" in earlier.artifacts
+        model = Model(
+            method=config.answer,
+            artifact=earlier.artifact(step),
+            matching=earlier.artifact("match_clusters") if matched else None,
+        )
         named = earlier.artifact(f"assign_clusters:{config.answer}")
         fitted = Fitted(spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model})
         split = _assign_split(steps, fitted, config.images, {config.answer: named})
         _publish(split[1][config.answer], config.out, "")
         return steps.finish({"new": split})
+
+
+def _finished_run(path: str) -> Run:
+    run = Run.load(absolute(path))
+    if not run.finished:
+        raise FileNotFoundError(f"the run at {path} is not finished; run it again to its end")
+    return run
+
+
+def _run_to_match(config: TacConfig) -> Run | None:
+    if config.match_run is None:
+        return None
+    earlier = _finished_run(config.match_run)
+    n_clusters, n_earlier = config.n_clusters, earlier.config["n_clusters"]
+    if n_clusters < n_earlier:
+        raise ValueError(
+            f"n_clusters={n_clusters} should be >= n_clusters={n_earlier} of {config.match_run}, "
+            "or ids would be lost; raise --n-clusters or leave out --match-run"
+        )
+    return earlier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +459,7 @@ def _absolute_paths(config: TacConfig) -> TacConfig:
         ValueError: a relative path in a Ray job, whose folder is a copy that the job deletes.
     """
     paths = {"images": config.images, "out": config.out, "store": config.store}
-    paths["val_images"] = config.val_images
+    paths |= {"val_images": config.val_images, "match_run": config.match_run}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         for name, path in paths.items():
             if path is not None and is_local(path) and not Path(path).is_absolute():

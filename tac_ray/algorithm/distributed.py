@@ -10,20 +10,25 @@ from torch import Tensor
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_workers(local)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return sum_workers(grads[0])
 
 
 def n_workers() -> int:
     """Number of training workers; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_workers(local: Tensor) -> Tensor:
+    """Sum of `local` over all workers, without a gradient."""
+    if n_workers() == 1:
+        return local
+    total = local.contiguous().clone()
+    dist.all_reduce(total)
+    return total
 
 
 def all_reduce_sum(local: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tac_ray.algorithm.distributed import all_reduce_sum, n_workers
 
@@ -13,21 +14,53 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (n, d) by the mean and variance over the rows of all workers."""
-        if not self.training or n_workers() == 1:
+        """Normalize (n, d) by the mean and variance over the rows of all workers.
+
+        Batches that lie side by side, (n, batches, d), have statistics of their own, and are seen
+        by the running ones in turn.
+        """
+        if not self.training:
             return super().forward(input)
-        n_rows = all_reduce_sum(torch.full_like(input[0, 0], len(input)).detach())
-        mean = all_reduce_sum(input.sum(dim=0)) / n_rows
-        variance = all_reduce_sum((input - mean).square().sum(dim=0)) / n_rows
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            assert self.momentum is not None
+        columns = input.flatten(1)
+        n_batches = columns.shape[1] // self.num_features
+        weight, bias = self.weight.repeat(n_batches), self.bias.repeat(n_batches)
+        if n_workers() == 1:
+            mean, variance = torch.zeros_like(columns[0]), torch.ones_like(columns[0])
+            # With a momentum of 1 they become those of the batch.
+            found = functional.batch_norm(
+                columns, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
+            )
+        else:
+            n_rows = all_reduce_sum(torch.full_like(columns[0, 0], len(columns)).detach())
+            mean = all_reduce_sum(columns.sum(dim=0)) / n_rows
+            centred = columns - mean
+            variance = all_reduce_sum(centred.square().sum(dim=0)) / n_rows
+            found = centred * torch.rsqrt(variance + self.eps) * weight + bias
+            variance = variance * n_rows / (n_rows - 1)
+        self._see(mean.detach(), variance.detach())
+        return found.view_as(input)
+
+    def _see(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of each batch."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        width = self.num_features
+        for batch_mean, batch_variance in zip(
+            mean.split(width), variance.split(width), strict=True
+        ):
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n_rows / (n_rows - 1), self.momentum)
-        return (input - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+            self.running_mean.lerp_(batch_mean, self.momentum)
+            self.running_var.lerp_(batch_variance, self.momentum)
+
+
+class Linear(nn.Linear):
+    """A linear layer that gives back the type it takes, also where autocast multiplies in bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return super().forward(input).to(input.dtype)
 
 
 class ClusterHead(nn.Sequential):
@@ -38,12 +71,12 @@ class ClusterHead(nn.Sequential):
     """
 
     def __init__(self, width: int, n_clusters: int, *, generator: torch.Generator) -> None:
-        first, last = nn.Linear(width, width), nn.Linear(width, n_clusters)
+        first, last = Linear(width, width), Linear(width, n_clusters)
         bound = width**-0.5
         for linear in (first, last):
             nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
             nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-        super().__init__(first, GlobalBatchNorm(width), nn.ReLU(), last, nn.Softmax(dim=1))
+        super().__init__(first, GlobalBatchNorm(width), nn.ReLU(), last, nn.Softmax(dim=-1))
 
 
 class TacHeads(nn.Module):
@@ -55,17 +88,16 @@ class TacHeads(nn.Module):
         self.image = ClusterHead(width, n_clusters, generator=generator)
         self.text = ClusterHead(width, n_clusters, generator=generator)
 
-    def forward(
-        self, image: Tensor, text: Tensor, neighbor_image: Tensor, neighbor_text: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """cluster_probs (n, K) of each argument (n, d), in the same order.
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """cluster_probs (n, K) of image anchors, text anchors, image neighbors, text neighbors.
 
-        Anchors and neighbors pass separately, so each has its own batch statistics, as in the
-        published code.
+        Anchors and neighbors pass a head side by side, in products twice as large, but each has
+        its own batch statistics, as in the published code.
+
+        Args:
+            image: embeddings of n anchors and of a neighbor of each, (n, 2, d).
+            text: the same of counterparts, (n, 2, d).
         """
-        return (
-            self.image(image),
-            self.text(text),
-            self.image(neighbor_image),
-            self.text(neighbor_text),
-        )
+        image_probs, neighbor_image_probs = self.image(image).unbind(1)
+        text_probs, neighbor_text_probs = self.text(text).unbind(1)
+        return image_probs, text_probs, neighbor_image_probs, neighbor_text_probs

@@ -2,20 +2,50 @@
 
 Every loss is a function of sums over rows (a Gram matrix, a sum of log-similarities, column
 means), so each worker sums its rows, one all-reduce adds the workers' sums, and any number of
-workers gets the same loss. Cost a step: 4 n K^2 operations on each worker's n rows, 4 K^2 numbers
-over the network.
+workers gets the same loss. Cost a step, forward and backward: 28 n K^2 operations on each worker's
+n rows, 16 K^2 numbers over the network.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tac_ray.algorithm.distributed import all_reduce_sum
+from tac_ray.algorithm.distributed import all_reduce_sum, sum_workers
 
 DistillationForm = Literal["published", "paper"]
 ConfidenceForm = Literal["published", "paper"]
+
+
+class _Gram(torch.autograd.Function):
+    """C^T C of the rows C (n, 2K) of all workers, (2K, 2K).
+
+    It is symmetric, and so is what its gradient needs: 14 n K^2 operations forward and backward,
+    24 of a product that knows nothing of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        kind = columns.device.type
+        ctx.autocast = {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+        }
+        left, right = columns.chunk(2, dim=1)
+        across = left.T @ right
+        upper = torch.cat([left.T @ left, across], dim=1)
+        gram = torch.cat([upper, torch.cat([across.T, right.T @ right], dim=1)])
+        return sum_workers(gram.to(columns.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (columns,) = ctx.saved_tensors
+        symmetric = sum_workers(grads[0] + grads[0].T)
+        with torch.autocast(**ctx.autocast):
+            return (columns @ symmetric).to(columns.dtype)
 
 
 def distillation_loss(
@@ -34,8 +64,7 @@ def distillation_loss(
         Scalar, the same on every worker.
     """
     k = probs.shape[1]
-    columns = torch.cat([probs, neighbor_probs], dim=1)
-    gram = all_reduce_sum(columns.T @ columns)
+    gram = _Gram.apply(torch.cat([probs, neighbor_probs], dim=1))
     norm = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     logits = gram / torch.outer(norm, norm) / temperature
     positive = logits[:k, k:].diagonal()

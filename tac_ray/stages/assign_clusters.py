@@ -17,6 +17,7 @@ from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, matrix
 from tac_ray.artifacts.storage import Folder, array_from, table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import Method
+from tac_ray.stages.match_clusters import read_matching
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.train_heads import load_heads
 
@@ -33,6 +34,8 @@ class Model:
     method: Method
     artifact: Artifact
     """Of find_centroids, or of train_heads for "tac"."""
+    matching: Artifact | None = None
+    """Of match_clusters, whose ids and names hold."""
 
 
 def assign_clusters(
@@ -81,6 +84,9 @@ def assign_clusters(
             writer.progress.advance(part.rows)
         if named_by is None:
             names, runners_up = _names(sums, nouns)
+            if model.matching:
+                for id, kept in read_matching(model.matching)["names"].items():
+                    names[int(id)], runners_up[int(id)] = kept["name"], kept["runners_up"]
         else:
             earlier = named_by.folder.read_table("names.parquet")
             names = earlier["name"].to_pylist()
@@ -102,11 +108,12 @@ def assign_clusters(
         staging.remove()
 
     inputs = [model.artifact, listing, images, counterparts, selected]
+    inputs += [further for further in (named_by, model.matching) if further]
     return store.run_stage(
         "assign_clusters",
         version=2,
         options={"method": model.method},
-        inputs=[*inputs, *([named_by] if named_by else [])],
+        inputs=inputs,
         write=write,
         title=f"assign_clusters {model.method}",
     )
@@ -199,9 +206,17 @@ def _nearest(model: Model, vectors: Tensor) -> tuple[_Nearest, int]:
 
 
 def _cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
-    if model.method == "tac":
-        return load_heads(model.artifact).image
-    centroids = torch.from_numpy(array_from(model.artifact.folder.read("centroids.npy")))
+    """What gives the probability of each cluster, by its id, to rows."""
+    is_head = model.method == "tac"
+    probs_of = load_heads(model.artifact).image if is_head else _centroid_probs(model.artifact)
+    if model.matching is None:
+        return probs_of
+    of_id = torch.tensor(read_matching(model.matching)["new_id"]).argsort()
+    return lambda rows: probs_of(rows)[:, of_id]
+
+
+def _centroid_probs(artifact: Artifact) -> Callable[[Tensor], Tensor]:
+    centroids = torch.from_numpy(array_from(artifact.folder.read("centroids.npy")))
     return lambda rows: torch.softmax(rows @ centroids.T / CENTROID_TEMPERATURE, dim=1)
 
 

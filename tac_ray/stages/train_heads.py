@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
@@ -18,18 +20,21 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from tac_ray.algorithm.head import TacHeads
 from tac_ray.algorithm.losses import TacLoss
-from tac_ray.algorithm.sampling import epoch_neighbors, epoch_rows
+from tac_ray.algorithm.training import ClusterSizes, TrainingRows, train_epoch, troubles
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder, filesystem, is_local
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb, result_options
 from tac_ray.config import TrainHeadsConfig
+from tac_ray.encoders.clip import resolve_precision
 
 STATE_FILE = "state.pt"
+_PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +75,25 @@ def train_heads(
         seed: of the weights, the order of rows and the draw of neighbors.
 
     Returns:
-        `heads.safetensors`, `heads.json` (width, K), `metrics.jsonl` (losses of every epoch).
+        `heads.safetensors`; `heads.json` (width, K, the last metrics, warnings); `metrics.jsonl`,
+        of every epoch: each loss, entropy of the cluster sizes, empty clusters, share of rows that
+        changed cluster, seconds, samples a second. Warnings are also said and kept as a fact.
 
-    Cost: 12 N (d^2 + d K) + 8 N K^2 operations a pass of the head forward, three times that a
-    step. Peak memory a worker: (4 d + 16 n_neighbors) N bytes, and 100 n (d + K) for its n rows
-    of a batch.
+    Raises:
+        ValueError: the loss is no longer finite.
+
+    Cost: 24 N d (d + K) + 28 N K^2 operations an epoch. Peak memory a worker: N (4 d + 8
+    n_neighbors + 8) bytes on its device, or on the disk of its node where they do not fit, and
+    100 n (d + K) for its n rows of a batch.
     """
     resources = ray.cluster_resources()
     n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     n_workers = config.n_workers or max(1, n_gpus)
-    config = dataclasses.replace(config.resolve(n_clusters), n_workers=n_workers)
+    config = dataclasses.replace(
+        config.resolve(n_clusters),
+        n_workers=n_workers,
+        products=_resolve_products(config.products, on_gpu=n_gpus > 0),
+    )
     batch_size = check_batch(config, images.n_rows)
     options = {
         name: value
@@ -103,15 +117,17 @@ def train_heads(
         checkpoints = writer.folder.join("checkpoints")
         fs, path = filesystem(checkpoints)
         log = ray.remote(_EpochLog).options(num_cpus=0).remote()
+        fewest = min(config.min_workers or n_workers, n_workers)
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"job": job, "log": log},
             scaling_config=ScalingConfig(
-                num_workers=n_workers,
+                num_workers=(fewest, n_workers) if fewest < n_workers else n_workers,
                 use_gpu=n_gpus > 0,
                 # Half the cores a worker uses are reserved: Ray Train needs some itself.
                 resources_per_worker=None if n_gpus else {"CPU": max(0.5, n_cpus / n_workers / 2)},
             ),
+            # A run of this name that was killed goes on from its last checkpoint.
             run_config=RunConfig(
                 name="heads",
                 storage_path=path,
@@ -122,25 +138,46 @@ def train_heads(
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )
-        state = _fit(trainer, log, writer)
+        state = _fit(trainer, log, writer, config.tensorboard)
         heads = {name: tensor.contiguous() for name, tensor in state["heads"].items()}
         writer.add_file("heads.safetensors", save_tensors(heads))
-        width = heads["image.0.weight"].shape[1]
-        about = {"width": width, "n_clusters": n_clusters, "final": state["metrics"][-1]}
+        metrics, warnings = state["metrics"], troubles(state["metrics"], n_clusters)
+        about = {
+            "width": heads["image.0.weight"].shape[1],
+            "n_clusters": n_clusters,
+            "final": metrics[-1],
+            "warnings": warnings,
+        }
         writer.add_file("heads.json", json.dumps(about, indent=1).encode())
-        lines = "".join(json.dumps(line) + "\n" for line in state["metrics"])
+        lines = "".join(json.dumps(line) + "\n" for line in metrics)
         writer.add_file("metrics.jsonl", lines.encode())
-        writer.facts |= {"n_workers": n_workers, "batch_size": batch_size}
+        for warning in warnings:
+            writer.progress.say(f"warning: {warning}")
+        writer.facts |= {
+            "n_workers": n_workers,
+            "batch_size": batch_size,
+            "n_epochs": len(metrics),
+            "warnings": warnings,
+        }
         writer.note_memory(state["memory_gb"])
         Folder(checkpoints).remove()
 
     return store.run_stage(
         "train_heads",
-        version=1,
+        version=2,
         options={**options, "batch_size": batch_size, "n_clusters": n_clusters, "seed": seed},
         inputs=[images, counterparts, image_neighbors, text_neighbors],
         write=write,
     )
+
+
+def _resolve_products(
+    products: Literal["auto", "fp32", "bf16"], *, on_gpu: bool
+) -> Literal["fp32", "bf16"]:
+    if products != "auto":
+        return products
+    able = on_gpu or resolve_precision("auto", on_gpu=False) == "bf16"
+    return "bf16" if able else "fp32"
 
 
 def check_batch(config: TrainHeadsConfig, n_images: int) -> int:
@@ -190,19 +227,32 @@ class _EpochLog:
         return taken
 
 
-def _fit(trainer: TorchTrainer, log: Any, writer: ArtifactWriter) -> dict[str, Any]:
+def _fit(
+    trainer: TorchTrainer, log: Any, writer: ArtifactWriter, tensorboard: str | None
+) -> dict[str, Any]:
     """Train, telling of epochs as they end, and give the last checkpoint's state."""
+    board = SummaryWriter(tensorboard) if tensorboard else None
     with ThreadPoolExecutor(1) as background:
         training = background.submit(trainer.fit)
         running = True
         while running:
             running = not training.done()
             for line in ray.get(log.take.remote()):
-                note = f"loss {line['loss']:.3f}"
-                writer.progress.advance(1, note)
+                if not math.isfinite(line["loss"]):
+                    raise ValueError(
+                        f"loss is not finite in epoch {line['epoch']}: {line}; lower "
+                        "--learning-rate"
+                    )
+                note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
+                writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
+                if board:
+                    for name, value in line.items():
+                        board.add_scalar(f"heads/{name}", value, line["epoch"])
             if running:
                 time.sleep(0.2)
         checkpoint = training.result().checkpoint
+    if board:
+        board.close()
     ray.kill(log)
     assert checkpoint is not None
     return _read_state(checkpoint)
@@ -213,42 +263,26 @@ def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
         return torch.load(Path(folder) / STATE_FILE, weights_only=True)  # type: ignore[no-any-return]
 
 
-def _column(artifact: Artifact, name: str, device: torch.device) -> Tensor:
-    """A fixed-size list column of all parts on the device, filled part by part."""
-    whole, start = torch.empty(0), 0
-    for table in artifact.tables([name]):
-        part = torch.tensor(matrix(table[name]))
-        if start == 0:
-            whole = torch.empty(artifact.n_rows, part.shape[1], dtype=part.dtype, device=device)
-        whole[start : start + len(part)] = part
-        start += len(part)
-    return whole
-
-
 def _train_worker(told: dict[str, Any]) -> None:
     job: TrainingJob = told["job"]
     config = job.config
+    assert config.epochs is not None
+    assert config.batch_size is not None
+    assert config.distillation_temperature is not None
     context = ray.train.get_context()
     rank, n_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     assert isinstance(device, torch.device)
     if device.type == "cpu":
         torch.set_num_threads(job.n_threads)
-    images = _column(job.images, "embedding", device)
-    texts = _column(job.counterparts, "embedding", device)
-    image_neighbors = _column(job.image_neighbors, "neighbor_row", device)
-    text_neighbors = _column(job.text_neighbors, "neighbor_row", device)
-    n_rows, n_neighbors = image_neighbors.shape
-    assert config.epochs is not None
-    assert config.batch_size is not None
-    assert config.distillation_temperature is not None
+    rows = load_rows(job, device, room_bytes(device, context.get_local_world_size()))
 
-    heads = TacHeads(images.shape[1], job.n_clusters, seed=job.seed).to(device)
+    heads = TacHeads(rows.images.shape[1], job.n_clusters, seed=job.seed).to(device)
     model: torch.nn.Module = heads
     if n_workers > 1:
         model = torch.nn.parallel.DistributedDataParallel(heads, broadcast_buffers=False)
     optimizer = torch.optim.Adam(
-        heads.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2)
+        heads.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
     compute_loss = TacLoss(
         temperature=config.distillation_temperature,
@@ -256,47 +290,54 @@ def _train_worker(told: dict[str, Any]) -> None:
         distillation_form=config.distillation_form,
         confidence_form=config.confidence_form,
     )
+    sizes = ClusterSizes(len(rows.images), job.n_clusters, device)
     metrics: list[dict[str, float]] = []
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         state = _read_state(checkpoint)
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
+        sizes.cluster.copy_(state["cluster"])
         metrics = state["metrics"]
 
     model.train()
-    for epoch in range(len(metrics), config.epochs):
+    while not _is_done(metrics, config):
         start = time.perf_counter()
-        steps = epoch_rows(n_rows, batch_size=config.batch_size, seed=job.seed, epoch=epoch)
-        draws = epoch_neighbors(n_rows, n_neighbors, seed=job.seed, epoch=epoch).to(device)
-        total: dict[str, Tensor] = {}
-        for step in steps:
-            rows = step.tensor_split(n_workers)[rank].to(device)
-            image_rows = image_neighbors[rows, draws[0, rows]].long()
-            text_rows = text_neighbors[rows, draws[1, rows]].long()
-            batch = (images[rows], texts[rows], images[image_rows], texts[text_rows])
-            losses = compute_loss(*model(*(rows.float() for rows in batch)))
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            optimizer.step()
-            for name, value in losses.items():
-                total[name] = total.get(name, 0) + value.detach()
-        means = {name: value.item() / len(steps) for name, value in total.items()}
-        if not all(math.isfinite(value) for value in means.values()):
-            raise ValueError(
-                f"loss is not finite in epoch {epoch + 1}: {means}; lower --learning-rate"
-            )
+        batches = rows.batches(
+            batch_size=config.batch_size,
+            seed=job.seed,
+            epoch=len(metrics),
+            rank=rank,
+            n_workers=n_workers,
+            device=device,
+        )
+        found = train_epoch(
+            model, optimizer, compute_loss, batches, sizes, products=_PRODUCTS[config.products]
+        )
         seconds = time.perf_counter() - start
-        metrics.append({"epoch": epoch + 1, **means, "seconds": round(seconds, 3)})
+        n_samples = len(rows.images) // config.batch_size * config.batch_size
+        line = {"epoch": len(metrics) + 1, **found, "seconds": round(seconds, 3)}
+        metrics.append({**line, "samples_per_s": round(n_samples / seconds, 1)})
         if rank == 0:
             ray.get(told["log"].add.remote(metrics[-1]))
-        last = epoch + 1 == config.epochs
-        if last or (epoch + 1) % config.checkpoint_every == 0:
-            _report(rank, heads, optimizer, metrics)
+        if not math.isfinite(found["loss"]):
+            return  # the driver says so: to try again would not help
+        if _is_done(metrics, config) or len(metrics) % config.checkpoint_every == 0:
+            _report(rank, heads, optimizer, sizes, metrics)
+
+
+def _is_done(metrics: list[dict[str, float]], config: TrainHeadsConfig) -> bool:
+    if config.stable_below is not None and metrics:
+        return len(metrics) == config.epochs or metrics[-1]["changed"] < config.stable_below
+    return len(metrics) == config.epochs
 
 
 def _report(
-    rank: int, heads: TacHeads, optimizer: torch.optim.Optimizer, metrics: list[dict[str, float]]
+    rank: int,
+    heads: TacHeads,
+    optimizer: torch.optim.Optimizer,
+    sizes: ClusterSizes,
+    metrics: list[dict[str, float]],
 ) -> None:
     """Hand the state to Ray Train; all workers hold the same, the first one writes it."""
     if rank != 0:
@@ -305,9 +346,66 @@ def _report(
     state = {
         "heads": {name: tensor.cpu() for name, tensor in heads.state_dict().items()},
         "optimizer": optimizer.state_dict(),
+        "cluster": sizes.cluster.cpu(),
         "metrics": metrics,
         "memory_gb": own_memory_gb(),
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, Path(folder) / STATE_FILE)
         ray.train.report(metrics[-1], checkpoint=Checkpoint.from_directory(folder))
+
+
+def room_bytes(device: torch.device, n_sharing: int) -> int:
+    """Memory that a worker may fill with rows, of what its device has free.
+
+    Args:
+        device: of the worker.
+        n_sharing: workers on its machine, which share its memory; a GPU is a worker's own.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    return psutil.virtual_memory().available // (2 * n_sharing)
+
+
+def load_rows(job: TrainingJob, device: torch.device, room: int) -> TrainingRows:
+    """The rows of a training, on the device if they fit, else in files of this machine.
+
+    Args:
+        job: names the artifacts.
+        device: of the worker.
+        room: bytes that the rows may take on it.
+    """
+    columns = {
+        "images": (job.images, "embedding", torch.float16),
+        "texts": (job.counterparts, "embedding", torch.float16),
+        "image_neighbors": (job.image_neighbors, "neighbor_row", torch.int32),
+        "text_neighbors": (job.text_neighbors, "neighbor_row", torch.int32),
+    }
+    widths = {name: _width(artifact, column) for name, (artifact, column, _) in columns.items()}
+    n_rows = job.images.n_rows
+    n_bytes = sum(n_rows * widths[name] * kind.itemsize for name, (*_, kind) in columns.items())
+    fits = n_bytes <= room
+    found = {}
+    for name, (artifact, column, kind) in columns.items():
+        shape = (n_rows, widths[name])
+        whole = torch.empty(shape, dtype=kind, device=device) if fits else _mapped(shape, kind)
+        start = 0
+        for table in artifact.tables([column]):
+            part = torch.tensor(matrix(table[column]))
+            whole[start : start + len(part)] = part
+            start += len(part)
+        found[name] = whole
+    return TrainingRows(**found)
+
+
+def _width(artifact: Artifact, column: str) -> int:
+    first = next(artifact.tables([column]))
+    return matrix(first[column]).shape[1]
+
+
+def _mapped(shape: tuple[int, int], kind: torch.dtype) -> Tensor:
+    """Room in a file without a name, which goes with the last process that maps it."""
+    with tempfile.NamedTemporaryFile() as file:
+        n = shape[0] * shape[1]
+        os.truncate(file.name, n * kind.itemsize)
+        return torch.from_file(file.name, shared=True, size=n, dtype=kind).view(shape)

@@ -141,8 +141,9 @@ def test_anchors_and_neighbors_pass_separately_through_the_head_of_their_modalit
     heads = TacHeads(WIDTH, K, seed=0).double()
     apart = copy.deepcopy(heads)
     batches = [embeddings(8, seed=seed) + seed for seed in range(4)]
-    probs = heads(*batches)
     image, text, neighbor_image, neighbor_text = batches
+    side_by_side = torch.stack([image, neighbor_image], 1), torch.stack([text, neighbor_text], 1)
+    probs = heads(*side_by_side)
     expected = (
         apart.image(image),
         apart.text(text),
