@@ -119,6 +119,40 @@ def test_assign_puts_new_images_into_the_runs_clusters(finished: Run, tmp_path: 
     assert assigned.scores["new"]["tac"].keys() == {"acc", "nmi", "ari"}
 
 
+def test_a_run_over_a_grown_folder_keeps_the_ids_and_names_of_clusters(
+    config: TacConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = write_images(tmp_path / "colors", 12)
+    first = dataclasses.replace(
+        config, images=str(folder), out=str(tmp_path / "first"), methods=("kmeans",)
+    )
+    before = tac_ray.run(first)
+    for i in range(8):
+        (folder / "red" / f"more{i}.png").write_bytes((folder / "red" / f"00{i}.png").read_bytes())
+    again = dataclasses.replace(first, out=str(tmp_path / "again"), seed=9)
+    unmatched = tac_ray.run(again)
+    matched = tac_ray.run(
+        dataclasses.replace(again, match_run=before.out, out=str(tmp_path / "matched"))
+    )
+    assert "3 clusters keep their id and name, new: none, gone: none" in capsys.readouterr().out
+
+    def clusters(run: Run) -> dict[str, tuple[int, str]]:
+        rows = run.clusters.to_table().to_pylist()
+        return {row["uri"]: (row["cluster_id"], row["cluster_name"]) for row in rows}
+
+    assert clusters(unmatched).items() != clusters(matched).items()  # or nothing is shown here
+    assert clusters(before).items() < clusters(matched).items()
+    assert len(clusters(matched)) == 44
+    new = tac_ray.assign(matched.out, images=str(folder / "red"), out=str(tmp_path / "new"))
+    assert clusters(new).items() < clusters(matched).items()
+    with pytest.raises(ValueError, match="n_clusters=2 should be >= n_clusters=3"):
+        tac_ray.run(
+            dataclasses.replace(
+                again, n_clusters=2, match_run=before.out, out=str(tmp_path / "fewer")
+            )
+        )
+
+
 @pytest.mark.parametrize("method", ["agglomerative", "none"])
 def test_nouns_may_be_chosen_by_another_clustering_or_not_at_all(
     config: TacConfig, finished: Run, tmp_path: Path, method: Literal["agglomerative", "none"]
