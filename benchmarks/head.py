@@ -92,7 +92,7 @@ def main(options: Options) -> None:
                 "case": case,
                 "seconds": ours["seconds"],
                 "samples_per_s": ours["samples_per_s"],
-                "peak_gb": ours["peak_gb"],
+                "peak_rss_gb": ours["peak_gb"],
                 "loss": ours["losses"][-1],
             }
             if options.peer:

@@ -238,7 +238,7 @@ class TrainHeadsConfig:
     checkpoint_every: int = _unhashed(10)
     """Epochs between checkpoints."""
     tensorboard: str | None = _unhashed(None)
-    """Folder or s3:// prefix for TensorBoard's event files of the losses; default: none."""
+    """Folder on the driver's machine for TensorBoard's event files; default: none."""
 
     def __post_init__(self) -> None:
         _at_least(

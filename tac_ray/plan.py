@@ -220,15 +220,14 @@ def make_plan(
         )
         heads = config.train_heads.resolve(n_clusters)
         assert heads.epochs is not None
-        row_bytes = 4 * d + 16 * neighbors.n_neighbors
+        # What does not fit into half of a node's memory is read from files.
+        rows_gb = n * (4 * d + 8 * neighbors.n_neighbors + 8) / 1e9
+        on_node = math.ceil(n_workers / cluster.n_nodes)
+        rows_gb = min(rows_gb, cluster.memory_gb / cluster.n_nodes / on_node / 2)
         # Two heads on anchors and neighbors, forward and backward: 3 x 2 x 2 passes of d (d + K).
+        each = 24.0 * d * (d + n_clusters) + 28.0 * n_clusters**2
         stages.append(
-            stage(
-                "train_heads",
-                n_workers,
-                PROCESS_GB + n * row_bytes / 1e9,
-                flops=24.0 * n * d * (d + n_clusters) * heads.epochs,
-            )
+            stage("train_heads", n_workers, PROCESS_GB + rows_gb, flops=each * n * heads.epochs)
         )
     stages.append(
         stage(

@@ -62,6 +62,14 @@ def test_neighbors_print_json_lines_and_are_those_of_their_peer():
         assert line["recall_told"] == pytest.approx(line["recall"], abs=0.03)
 
 
+@pytest.mark.integration
+def test_head_prints_json_lines_and_trains_as_its_peer():
+    (line,) = quick("head.py", "--cases", "K=10-fp32", "--epochs", "1")
+    assert line.keys() >= REQUIRED
+    assert line["loss_difference"] < 1e-4
+    assert line["samples_per_s"] > 0
+
+
 def test_embed_prints_json_lines(tiny_encoder_dir: Path):
     lines = quick("embed.py", "--model", f"local-dir:{tiny_encoder_dir}")
     assert [line["case"] for line in lines] == list(NEARNESS)

@@ -187,7 +187,7 @@ def measure(place: str, store: str, *encoder_and_counts: object, **environment: 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, tmp_path: Path):
     found = {}
-    for n in (10_000, 100_000):
+    for n in (5_000, 50_000):
         folder = tmp_path / str(n)
         for i in range(n):
             if i % 1000 == 0:
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_encoder_dir: Path, 
         )
         found[n] = measure(*command)
         assert encoded(counts) == n
-    few, many = found[10_000], found[100_000]
+    few, many = found.values()
     print(f"driver {few.root_mb:.0f} -> {many.root_mb:.0f} MB, largest worker ", end="")
     print(f"{few.largest_mb:.0f} -> {many.largest_mb:.0f} MB")
     assert many.root_mb < 1.1 * few.root_mb

@@ -61,7 +61,10 @@ def trained(seen: list[str]) -> Trained:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained(finish(start(tmp_path_factory.mktemp("undisturbed"))))
+    store = tmp_path_factory.mktemp("undisturbed")
+    found = trained(finish(start(store)))
+    assert list((store / "board").glob("events.out.tfevents.*"))
+    return found
 
 
 def test_metrics_tell_of_each_epoch(undisturbed: Trained):

@@ -67,7 +67,12 @@ def inputs(store: str) -> list[Artifact]:
 if __name__ == "__main__":
     store, n_workers = sys.argv[1], int(sys.argv[2])
     config = TrainHeadsConfig(
-        epochs=6, batch_size=256, n_workers=n_workers, checkpoint_every=1, products="fp32"
+        epochs=6,
+        batch_size=256,
+        n_workers=n_workers,
+        checkpoint_every=1,
+        products="fp32",
+        tensorboard=f"{store}/board",
     )
     images, counterparts, image_neighbors, text_neighbors = inputs(store)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
