@@ -114,21 +114,21 @@ def _fewest(ranks: NDArray[np.int64], recall: float) -> int:
 def _groups(centroids: NDArray[np.float32], sizes: NDArray[np.int64]) -> NDArray[np.int32]:
     """A group for each list, of about equally many rows, near lists together.
 
-    Halves the lists along their first principal direction until the parts are small enough. How
-    many there are follows from N alone.
+    Halves the lists along their first principal direction until the parts are small enough; groups
+    stay empty where a list is larger than several. How many there are follows from N alone.
     """
     n_groups = min(MOST_GROUPS, max(1, int(sizes.sum()) // GROUP_ROWS))
     group = np.zeros(len(sizes), dtype=np.int32)
 
     def halve(lists: NDArray[np.int64], first: int, n: int) -> None:
-        if n == 1:
+        if n == 1 or len(lists) == 1:
             group[lists] = first
             return
         middle = centroids[lists] - centroids[lists].mean(axis=0)
         along = middle @ np.linalg.svd(middle, full_matrices=False)[2][0]
         lists = lists[np.argsort(along, kind="stable")]
-        share = np.cumsum(sizes[lists]) / sizes[lists].sum()
-        cut = int(np.searchsorted(share, (n // 2) / n)) + 1
+        share = np.cumsum(sizes[lists]) / max(1, sizes[lists].sum())
+        cut = min(int(np.searchsorted(share, (n // 2) / n)) + 1, len(lists) - 1)
         halve(lists[:cut], first, n // 2)
         halve(lists[cut:], first + n // 2, n - n // 2)
 

@@ -104,6 +104,8 @@ def join_group(own: ListedRows, lists: Lists, n: int, run_all: Map) -> Found:
     Returns:
         similarity and global row, each (rows, n), best first, ties by row number.
     """
+    if not len(own.row):  # all lists of the group are empty
+        return np.zeros((0, n), dtype=np.float32), np.zeros((0, n), dtype=np.int64)
     # Rows are sorted by list, and lists that lie together meet the same others.
     runs = [own.take(slice(i, i + JOIN_ROWS)) for i in range(0, len(own.row), JOIN_ROWS)]
     similarity, best = zip(*run_all(lambda run: _join_run(run, lists, n), runs), strict=True)

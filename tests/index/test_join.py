@@ -97,7 +97,8 @@ def test_a_join_of_all_lists_finds_all(joined, several_groups):
 
 def test_a_join_gives_the_same_files_whatever_the_shards(joined, several_groups):
     rows = overlapping_rows()
-    assert joined(rows, n_shards=1)[1] == joined(rows, n_shards=3)[1]
+    one = joined(rows, n_shards=1)[1]
+    assert all(joined(rows, n_shards=n)[1] == one for n in (2, 3, 5))
 
 
 @pytest.mark.timeout(120)
@@ -113,6 +114,16 @@ def test_a_thousand_copies_of_one_row_have_each_other(joined):
     copies = np.arange(200, 1200)
     expected = np.array([[row for row in range(200, 212) if row != i][:N] for i in copies])
     np.testing.assert_array_equal(found[copies], expected)
+
+
+def test_nearly_all_rows_in_one_list(joined, monkeypatch):
+    monkeypatch.setattr(join, "GROUP_ROWS", 200)
+    rows = overlapping_rows()
+    rows[:2450] = rows[0]
+    found, *_ = joined(rows)
+    expected = np.array([[row for row in range(N + 1) if row != i][:N] for i in range(2450)])
+    np.testing.assert_array_equal(found[:2450], expected)
+    assert share(found[2450:], all_pairs(rows)[2450:]) > 0.8
 
 
 def test_a_few_rows_far_from_all_others_have_their_neighbors_all_the_same(joined):
