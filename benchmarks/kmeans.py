@@ -113,8 +113,8 @@ def sharded(artifact: Artifact, k: int, iterations: int, n_shards: int) -> dict[
             on_iteration=lambda _: ends.append(time.perf_counter()),
         )
         memory_gb = index.peak_memory_gb
-    # The last pass only checks how far pruning went wrong.
-    ends = ends[:-1]
+    if any(line["depth"] for line in result.iterations):
+        ends = ends[:-1]  # the last pass only checks how far pruning went wrong
     return {
         "seconds": (ends[-1] - began) / len(ends),
         "first_pass_s": round(ends[0] - began, 3),

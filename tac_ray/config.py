@@ -227,8 +227,9 @@ class TrainHeadsConfig:
     confidence_form: ConfidenceForm = "published"
     """published: mean of -log(p . q); paper: Eq. 14."""
     products: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the products of matrices, whose sums are always fp32. auto: bf16 on GPUs, and on
-    CPU where the processor computes in it; fp32 elsewhere."""
+    """Precision of the products of matrices, which are summed up in fp32; all else is fp32. auto:
+    bf16 on GPUs, and on CPU where the processor computes in it; fp32 elsewhere. In bf16 the number
+    of workers enters the result by more than fp32's rounding."""
     stable_below: float | None = None
     """End once a smaller share of the images changes cluster in an epoch; default: never."""
     n_workers: int | None = _unhashed(None)

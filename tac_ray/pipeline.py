@@ -137,6 +137,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             method: assign_clusters(store, models[method], listing, images, counterparts, selected)
             for method in config.methods
         }
+        Folder(config.out).remove(MATCHING_FILE)
         if earlier:
             before = earlier.artifact(f"assign_clusters:{earlier.answer}")
             answer = config.answer
@@ -217,7 +218,13 @@ def _finished_run(path: str) -> Run:
 def _run_to_match(config: TacConfig) -> Run | None:
     if config.match_run is None:
         return None
+    if config.match_run == config.out:
+        raise ValueError(
+            f"out={config.out} should not be match_run={config.match_run}, which it would replace; "
+            "give another --out"
+        )
     earlier = _finished_run(config.match_run)
+    earlier.artifact(f"assign_clusters:{earlier.answer}")  # there, before any work
     n_clusters, n_earlier = config.n_clusters, earlier.config["n_clusters"]
     if n_clusters < n_earlier:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 Every loss is a function of sums over rows (a Gram matrix, a sum of log-similarities, column
 means), so each worker sums its rows, one all-reduce adds the workers' sums, and any number of
-workers gets the same loss. Cost a step, forward and backward: 28 n K^2 operations on each worker's
-n rows, 16 K^2 numbers over the network.
+workers gets the same loss up to the rounding of products of matrices. Cost a step, forward and
+backward: 28 n K^2 operations on each worker's n rows, 16 K^2 numbers over the network.
 """
 
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class Manifest:
     """What the stage found out and later stages or people want to know."""
     seconds: float
     peak_memory_gb: float
-    """Largest resident memory of any process that reported, driver included."""
+    """Most memory of any process that reported, driver included; see `own_memory_gb`."""
     versions: dict[str, str]
 
     @property

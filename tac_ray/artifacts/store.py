@@ -72,7 +72,7 @@ class ArtifactWriter:
         self.files.append(describe(name, data, rows))
 
     def note_memory(self, gb: float) -> None:
-        """Remember the resident memory of a worker."""
+        """Remember the memory of a worker."""
         self.peak_memory_gb = max(self.peak_memory_gb, gb)
 
 

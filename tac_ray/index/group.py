@@ -96,7 +96,7 @@ class ShardGroup:
 
     @property
     def peak_memory_gb(self) -> float:
-        """Resident memory of the largest shard, now or when it was asked for before."""
+        """Memory of the largest shard, now or when it was asked for before."""
         self._memory_gb = max([self._memory_gb, *self._call("memory_gb")])
         return self._memory_gb
 
@@ -252,19 +252,23 @@ class ShardGroup:
         ]
         del pieces
         found = [
-            several(shard.join, len(runs), group, groups, shared, n + 1, first_rows)
+            several(shard.join, 1 + len(runs), group, groups, shared, n + 1, first_rows)
             for group, shard in enumerate(turns)
         ]
-        sizes = np.bincount(plan.group[plan.of_row], minlength=n_groups)
+        n_joined, *found = zip(*found, strict=True)
         writing = [
             shard.write_joined.remote(folder, run, n, exclude, *mine)
-            for shard, run, mine in zip(shards, runs, zip(*found, strict=True), strict=False)
+            for shard, run, mine in zip(shards, runs, found, strict=False)
         ]
-        for group, mine in enumerate(found):
-            ray.wait(mine, num_returns=len(mine), fetch_local=False)
-            on_group(group, int(sizes[group]))
         del groups, found
-        return [part for run in ray.get(writing) for part in run]
+        try:
+            for group, n_rows in enumerate(n_joined):
+                on_group(group, ray.get(n_rows))
+            return [part for run in ray.get(writing) for part in run]
+        except (RayActorError, RayTaskError, ObjectLostError):
+            for joining in n_joined:  # what waits on the other shards is of no use
+                ray.cancel(joining)
+            raise
 
     def close(self) -> None:
         """End the actors and give back what they hold."""

@@ -110,6 +110,9 @@ def fit(
     index.use_rows(visible)
     pool = np.arange(n_rows) if visible is None else visible
     width = index.width
+    # Half the mean squared distance of a row and a centroid is this less their similarity: columns
+    # that lie side by side have unit norm each.
+    half = (1 + len(index.sources[0].columns)) / 2
     pruned_from = first_depth(width)
     if not prune or index.on_gpu or n_centroids < PRUNE_CENTROIDS:
         pruned_from = None
@@ -151,7 +154,7 @@ def fit(
                 break
             previous = value
             if depth is None:
-                if 1 - value < PRUNE_TIGHT * (1 - done.sums.mean_similarity(used)):
+                if half - value < PRUNE_TIGHT * (half - done.sums.mean_similarity(used)):
                     depth = pruned_from
             else:
                 depth = next_depth(depth, width, done.n_pruned / done.n_pairs)

@@ -15,6 +15,10 @@ from tac_ray.index.found import Found, sort_key
 
 JOIN_ROWS = 4096
 """Rows of a group that visit lists together."""
+LIST_ROWS = 1024
+"""Rows of a list that are compared at a time."""
+MOST_CANDIDATES = 1 << 22
+"""Pairs that wait for a selection: so many rows may be equally similar, as copies of one are."""
 FIRST_PROBES = 3
 """Lists whose rows are all looked at, to know how near the others have to be."""
 
@@ -115,8 +119,8 @@ def join_group(own: ListedRows, lists: Lists, n: int, run_all: Map) -> Found:
 def _join_run(own: ListedRows, lists: Lists, n: int) -> Found:
     """The `n` best rows of some rows.
 
-    The first FIRST_PROBES lists give most of the best, each at most `n` for a row; of the others
-    only what is better than the n-th of those is kept.
+    The first FIRST_PROBES lists give most of the best, each about `n` for a row; of the others only
+    what is as good as the n-th of those is kept.
     """
     queries = torch.tensor(own.embedding).to(lists.device).float()
     probes = _probes(queries.cpu().numpy(), lists, n)
@@ -131,17 +135,18 @@ def _join_run(own: ListedRows, lists: Lists, n: int) -> Found:
         worst = found.worst.to(lists.device)
         for list_id, mine in zip(ids, np.split(visitors, starts[1:]), strict=True):
             rows, row = lists[int(list_id)]
-            if not len(row):
-                continue
             which = torch.from_numpy(mine).to(lists.device)
-            similarity = queries[which] @ rows.T
-            least = _nth_best(similarity, n) if probed is first else worst[which]
-            query, place = torch.nonzero(similarity >= least[:, None], as_tuple=True)
-            found.add(
-                mine[query.cpu().numpy()],
-                similarity[query, place].cpu().numpy(),
-                row[place.cpu().numpy()],
-            )
+            visiting = queries[which]
+            for i in range(0, len(row), LIST_ROWS):
+                block = slice(i, i + LIST_ROWS)
+                similarity = visiting @ rows[block].T
+                least = _nth_best(similarity, n) if probed is first else worst[which]
+                query, place = torch.nonzero(similarity >= least[:, None], as_tuple=True)
+                found.add(
+                    mine[query.cpu().numpy()],
+                    similarity[query, place].cpu().numpy(),
+                    row[block][place.cpu().numpy()],
+                )
         found.select()
     return found.similarity, found.row
 
@@ -173,6 +178,7 @@ class _Candidates:
         self.similarity = np.full((n_queries, n), -np.inf, dtype=np.float32)
         self.row = np.zeros((n_queries, n), dtype=np.int64)
         self._found: list[tuple[NDArray[Any], ...]] = []
+        self._n_found = 0
 
     @property
     def worst(self) -> Tensor:
@@ -184,6 +190,9 @@ class _Candidates:
     ) -> None:
         """More of them, each (m,)."""
         self._found.append((query, similarity, row))
+        self._n_found += len(query)
+        if self._n_found > MOST_CANDIDATES:
+            self.select()
 
     def select(self) -> None:
         """Keep the best: larger similarity first, ties by row."""
@@ -196,7 +205,7 @@ class _Candidates:
         query, similarity, row = (
             np.concatenate(column) for column in zip(kept, *self._found, strict=True)
         )
-        self._found = []
+        self._found, self._n_found = [], 0
         key = query.astype(np.uint64) << np.uint64(32) | sort_key(similarity)
         order = np.argsort(key)
         _sort_ties(order, key, row)

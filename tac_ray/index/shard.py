@@ -2,7 +2,6 @@
 
 import functools
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -252,9 +251,10 @@ class Shard:
                 found.append(ListedRows(mine.cpu().numpy(), row, plan.of_row[row]))
             return found
 
-        # Ray takes one after the other, and stores it.
-        answers = (of_group(group) for group in range(plan.n_groups))
-        return _answers(answers, plan.n_groups)
+        if plan.n_groups == 1:  # Ray takes a single answer as it is
+            return of_group(0)
+        # And several one after the other, each stored before the next is made.
+        return (of_group(group) for group in range(plan.n_groups))
 
     def gather(self, *pieces: list[ListedRows]) -> ListedRows:
         """The rows of one group, of which each shard had some."""
@@ -266,12 +266,13 @@ class Shard:
         """The `n` best rows of each row of a group, by what `gather` made of all groups.
 
         Returns:
-            Global rows, sorted, with similarity and best rows; an answer for each of the runs of
-            rows that begin at `first_rows`.
+            How many rows; then global rows, sorted, with similarity and best rows, an answer for
+            each of the runs of rows that begin at `first_rows`.
 
         Cost: 2 d operations for each pair of a row and a row of its n_probe lists, and
-        2 d n_lists a row to find those. Memory: for each thread 20 bytes a candidate of JOIN_ROWS
-        rows, and a list in float32; what is found of the group, 12 n bytes a row, twice.
+        2 d n_lists a row to find those. Memory: for each thread 40 bytes for each of
+        MOST_CANDIDATES, 20 for each of JOIN_ROWS x LIST_ROWS pairs, and a list in float32; what is
+        found of the group, 12 n bytes a row, twice.
         """
         lists = Lists(groups, plan, self._device)
         own = lists.group(group)
@@ -279,8 +280,8 @@ class Shard:
         found = [own.row, *join_group(own, lists, n, self._threads.map)]
         found = [column[by_row] for column in found]
         cuts = np.searchsorted(found[0], first_rows[1:])
-        runs = list(zip(*(np.split(column, cuts) for column in found), strict=True))
-        return _answers(runs, len(runs))
+        runs = zip(*(np.split(column, cuts) for column in found), strict=True)
+        return [len(own.row), *runs]
 
     def write_joined(
         self,
@@ -304,11 +305,6 @@ class Shard:
             return write_neighbors(folder, source.index, source.first_row, n, exclude, *best_rows)
 
         return list(self._threads.map(write, sources))
-
-
-def _answers(answers: Iterable[Any], n: int) -> Any:
-    """As Ray takes several answers, which for one is the answer itself."""
-    return answers if n > 1 else next(iter(answers))
 
 
 def top_rows(queries: Tensor, rows: Tensor, n: int) -> Found:

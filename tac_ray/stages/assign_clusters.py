@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -83,10 +83,8 @@ def assign_clusters(
             writer.note_memory(memory_gb)
             writer.progress.advance(part.rows)
         if named_by is None:
-            names, runners_up = _names(sums, nouns)
-            if model.matching:
-                for id, kept in read_matching(model.matching)["names"].items():
-                    names[int(id)], runners_up[int(id)] = kept["name"], kept["runners_up"]
+            kept = read_matching(model.matching)["names"] if model.matching else {}
+            names, runners_up = _names(sums, nouns, {int(id): kept[id] for id in kept})
         else:
             earlier = named_by.folder.read_table("names.parquet")
             names = earlier["name"].to_pylist()
@@ -232,8 +230,13 @@ def _listed(listing: Artifact, image_id: NDArray[np.int64]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _names(sums: _ClusterSums, selected: pa.Table) -> tuple[list[str], list[list[str]]]:
-    """Names and runners-up; rows of the same noun (its synsets) speak together."""
+def _names(
+    sums: _ClusterSums, selected: pa.Table, kept: dict[int, dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Names and runners-up; rows of the same noun (its synsets) speak together.
+
+    Clusters that keep a name have it to themselves.
+    """
     assert sums.noun_weights is not None
     text = [noun.replace("_", " ") for noun in selected["noun"].to_pylist()]
     nouns = list(dict.fromkeys(text))
@@ -241,7 +244,14 @@ def _names(sums: _ClusterSums, selected: pa.Table) -> tuple[list[str], list[list
     by_row = sums.noun_weights.toarray()
     weights = np.zeros((len(by_row), len(nouns)))
     np.add.at(weights.T, [column[noun] for noun in text], by_row.T)
-    return name_clusters(noun_salience(weights, sums.sizes), nouns)
+    salience = noun_salience(weights, sums.sizes)
+    taken = {before["name"] for before in kept.values()}
+    salience[:, [column[name] for name in taken if name in column]] = 0
+    salience[list(kept)] = 0
+    names, runners_up = name_clusters(salience, nouns)
+    for id, before in kept.items():
+        names[id], runners_up[id] = before["name"], before["runners_up"]
+    return names, runners_up
 
 
 def _name_part(folder: Folder, index: int, staging: Folder, part: Part, names: list[str]) -> Part:

@@ -85,7 +85,7 @@ class TextEncoder:
         self._batch_size = batch_size or (256 if on_gpu else 64)
 
     def encode(self, nouns: list[str]) -> tuple[NDArray[np.float16], float, float]:
-        """Embeddings (n, d), seconds taken, and resident memory in GB."""
+        """Embeddings (n, d), seconds taken, and memory in GB."""
         start = time.perf_counter()
         embedding = self._encoder.encode_prompts(nouns, batch_size=self._batch_size)
         half = mean_over_templates(embedding).half().numpy()

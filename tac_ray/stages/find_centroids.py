@@ -94,7 +94,7 @@ def find_centroids(
 
     return store.run_stage(
         "find_centroids",
-        version=2,
+        version=3,
         options=options,
         inputs=embeddings,
         write=write,

@@ -80,7 +80,7 @@ def find_neighbors(
     }
     return store.run_stage(
         "find_neighbors",
-        version=2,
+        version=3,
         options=options,
         inputs=[embeddings],
         write=write,

@@ -18,6 +18,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from tensorboardX import SummaryWriter
@@ -116,7 +117,9 @@ def train_heads(
         )
         checkpoints = writer.folder.join("checkpoints")
         fs, path = filesystem(checkpoints)
-        log = ray.remote(_EpochLog).options(num_cpus=0).remote()
+        # On the driver's machine, which ends with it: others may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        log = ray.remote(_EpochLog).options(num_cpus=0, scheduling_strategy=here).remote()
         fewest = min(config.min_workers or n_workers, n_workers)
         trainer = TorchTrainer(
             _train_worker,
@@ -139,11 +142,11 @@ def train_heads(
             ),
         )
         state = _fit(trainer, log, writer, config.tensorboard)
-        heads = {name: tensor.contiguous() for name, tensor in state["heads"].items()}
-        writer.add_file("heads.safetensors", save_tensors(heads))
+        weights = {name: tensor.contiguous() for name, tensor in state["heads"].items()}
+        writer.add_file("heads.safetensors", save_tensors(weights))
         metrics, warnings = state["metrics"], troubles(state["metrics"], n_clusters)
         about = {
-            "width": heads["image.0.weight"].shape[1],
+            "width": weights["image.0.weight"].shape[1],
             "n_clusters": n_clusters,
             "final": metrics[-1],
             "warnings": warnings,
@@ -154,21 +157,23 @@ def train_heads(
         for warning in warnings:
             writer.progress.say(f"warning: {warning}")
         writer.facts |= {
-            "n_workers": n_workers,
+            "n_workers": state["n_workers"],
             "batch_size": batch_size,
             "n_epochs": len(metrics),
             "warnings": warnings,
         }
         writer.note_memory(state["memory_gb"])
-        Folder(checkpoints).remove()
 
-    return store.run_stage(
+    heads = store.run_stage(
         "train_heads",
         version=2,
         options={**options, "batch_size": batch_size, "n_clusters": n_clusters, "seed": seed},
         inputs=[images, counterparts, image_neighbors, text_neighbors],
         write=write,
     )
+    # Not before the artifact exists: a run killed here has nothing to repeat.
+    Folder(heads.folder.join("checkpoints")).remove()
+    return heads
 
 
 def _resolve_products(
@@ -260,7 +265,7 @@ def _fit(
 
 def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / STATE_FILE, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
 def _train_worker(told: dict[str, Any]) -> None:
@@ -349,6 +354,7 @@ def _report(
         "cluster": sizes.cluster.cpu(),
         "metrics": metrics,
         "memory_gb": own_memory_gb(),
+        "n_workers": ray.train.get_context().get_world_size(),
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, Path(folder) / STATE_FILE)
@@ -368,7 +374,7 @@ def room_bytes(device: torch.device, n_sharing: int) -> int:
 
 
 def load_rows(job: TrainingJob, device: torch.device, room: int) -> TrainingRows:
-    """The rows of a training, on the device if they fit, else in files of this machine.
+    """The rows of a training, on the device if they fit, else in files of this worker's own.
 
     Args:
         job: names the artifacts.
@@ -404,8 +410,12 @@ def _width(artifact: Artifact, column: str) -> int:
 
 
 def _mapped(shape: tuple[int, int], kind: torch.dtype) -> Tensor:
-    """Room in a file without a name, which goes with the last process that maps it."""
+    """Room in a file without a name, which goes with the process that maps it.
+
+    Raises:
+        OSError: the disk is full.
+    """
     with tempfile.NamedTemporaryFile() as file:
         n = shape[0] * shape[1]
-        os.truncate(file.name, n * kind.itemsize)
+        os.posix_fallocate(file.fileno(), 0, n * kind.itemsize)
         return torch.from_file(file.name, shared=True, size=n, dtype=kind).view(shape)
