@@ -81,7 +81,7 @@ def test_rows_in_a_file_are_gathered_as_those_in_memory(tmp_path: Path):
     for name, column in vars(rows).items():
         path = tmp_path / name
         path.write_bytes(column.contiguous().numpy().tobytes())
-        flat = torch.from_file(str(path), size=column.numel(), dtype=column.dtype)
+        flat = torch.from_file(str(path), True, column.numel(), dtype=column.dtype)
         mapped[name] = flat.view(column.shape)
     for mine, theirs in zip(batches(rows), batches(TrainingRows(**mapped)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
