@@ -8,7 +8,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import ray
@@ -32,7 +32,6 @@ from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.storage import Folder, filesystem, is_local
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb, result_options
 from tac_ray.config import TrainHeadsConfig
-from tac_ray.encoders.clip import resolve_precision
 
 STATE_FILE = "state.pt"
 _PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,11 +89,7 @@ def train_heads(
     resources = ray.cluster_resources()
     n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     n_workers = config.n_workers or max(1, n_gpus)
-    config = dataclasses.replace(
-        config.resolve(n_clusters),
-        n_workers=n_workers,
-        products=_resolve_products(config.products, on_gpu=n_gpus > 0),
-    )
+    config = dataclasses.replace(config.resolve(n_clusters), n_workers=n_workers)
     batch_size = check_batch(config, images.n_rows)
     options = {
         name: value
@@ -174,15 +169,6 @@ def train_heads(
     # Not before the artifact exists: a run killed here has nothing to repeat.
     Folder(heads.folder.join("checkpoints")).remove()
     return heads
-
-
-def _resolve_products(
-    products: Literal["auto", "fp32", "bf16"], *, on_gpu: bool
-) -> Literal["fp32", "bf16"]:
-    if products != "auto":
-        return products
-    able = on_gpu or resolve_precision("auto", on_gpu=False) == "bf16"
-    return "bf16" if able else "fp32"
 
 
 def check_batch(config: TrainHeadsConfig, n_images: int) -> int:
