@@ -31,11 +31,18 @@ def sum_workers(local: Tensor) -> Tensor:
     return total
 
 
-def all_reduce_sum(local: Tensor) -> Tensor:
-    """Sum of `local` over all workers; differentiable.
+def all_reduce_sums(*locals: Tensor) -> list[Tensor]:
+    """Sums of tensors over all workers, in one message; differentiable.
 
-    Every worker computes the same global loss from the sum, so together they differentiate
+    Every worker computes the same global loss from the sums, so together they differentiate
     n_workers times that loss: the backward pass sums the workers' gradients, and averaging the
     parameter gradients afterwards (as DistributedDataParallel does) gives the exact gradient.
+
+    Args:
+        locals: of one type and device.
     """
-    return local if n_workers() == 1 else _AllReduceSum.apply(local)  # type: ignore[return-value]
+    if n_workers() == 1:
+        return list(locals)
+    joined = _AllReduceSum.apply(torch.cat([local.flatten() for local in locals]))
+    parts = joined.split([local.numel() for local in locals])  # type: ignore[union-attr]
+    return [part.view_as(local) for part, local in zip(parts, locals, strict=True)]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tac_ray.algorithm.distributed import all_reduce_sum, n_workers
+from tac_ray.algorithm.distributed import all_reduce_sums, n_workers
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -31,10 +31,19 @@ class GlobalBatchNorm(nn.BatchNorm1d):
                 columns, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
             )
         else:
-            n_rows = all_reduce_sum(torch.full_like(columns[0, 0], len(columns)).detach())
-            mean = all_reduce_sum(columns.sum(dim=0)) / n_rows
-            centred = columns - mean
-            variance = all_reduce_sum(centred.square().sum(dim=0)) / n_rows
+            # About a point near the mean, so that the squares do not cancel.
+            assert self.running_mean is not None
+            near = self.running_mean.repeat(n_batches)
+            offset = columns - near
+            n_rows, total, squares = all_reduce_sums(
+                torch.full_like(columns[0, :1], len(columns)),
+                offset.sum(dim=0),
+                offset.square().sum(dim=0),
+            )
+            beyond = total / n_rows
+            mean = near + beyond
+            variance = (squares / n_rows - beyond.square()).clamp_min(0)
+            centred = offset - beyond
             found = centred * torch.rsqrt(variance + self.eps) * weight + bias
             variance = variance * n_rows / (n_rows - 1)
         self._see(mean.detach(), variance.detach())

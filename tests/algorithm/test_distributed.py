@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tac_ray.algorithm.distributed import all_reduce_sum, n_workers
+from tac_ray.algorithm.distributed import all_reduce_sums, n_workers
 from tac_ray.algorithm.head import TacHeads
 from tac_ray.algorithm.losses import TacLoss
 
@@ -85,8 +85,9 @@ def reduce_squares(rank: int) -> Result:
     """Sum over workers of the squares of (rank + 1, 2 rank + 2), weighted, and its gradient."""
     local = torch.tensor([1.0, 2.0], dtype=torch.float64) * (rank + 1)
     local.requires_grad_()
-    total = all_reduce_sum(local.square())
-    (total * torch.tensor([1.0, 10.0])).sum().backward()
+    total, count = all_reduce_sums(local.square(), torch.ones(1, 1, dtype=torch.float64))
+    assert count.shape == (1, 1)
+    (total * torch.tensor([1.0, 10.0]) * count).sum().backward()
     assert local.grad is not None
     return {"local": local.detach(), "total": total.detach(), "gradient": local.grad}
 
@@ -139,7 +140,7 @@ def alone() -> dict[str, Result]:
 def test_one_process_without_a_group_is_one_worker():
     assert n_workers() == 1
     local = torch.tensor([1.0, 2.0])
-    assert torch.equal(all_reduce_sum(local), local)
+    assert torch.equal(all_reduce_sums(local)[0], local)
 
 
 def test_shares_are_uneven():
@@ -156,7 +157,7 @@ def test_all_reduce_adds_values_and_gradients_over_workers(
     for result in reduced:
         torch.testing.assert_close(result["total"], total)
         # Every worker has the same sum, so the gradient counts once for each of them.
-        once = 2 * result["local"] * torch.tensor([1.0, 10.0])
+        once = 2 * result["local"] * torch.tensor([1.0, 10.0]) * world
         torch.testing.assert_close(result["gradient"], world * once)
     assert [result["n_workers"] for result in workers[world]] == [world] * world
 

@@ -11,9 +11,11 @@ from tac_ray.algorithm.losses import (
     ConfidenceForm,
     DistillationForm,
     TacLoss,
+    agreement,
     balance_entropy,
     confidence_loss,
     distillation_loss,
+    gram,
 )
 
 DISTILLATION_FORMS = get_args(DistillationForm)
@@ -33,6 +35,14 @@ def columns(matrix: Matrix) -> Matrix:
 def cosine(a: list[float], b: list[float]) -> float:
     dot = sum(x * y for x, y in zip(a, b, strict=True))
     return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def confidence(p: Tensor, q: Tensor, form: ConfidenceForm) -> Tensor:
+    return confidence_loss(agreement(p, q, form=form), torch.tensor(len(p)), form=form)
+
+
+def balance(p: Tensor, q: Tensor) -> Tensor:
+    return balance_entropy(torch.cat([p, q], dim=1).mean(dim=0))
 
 
 def plain_distillation(p: Matrix, q: Matrix, temperature: float, form: str) -> float:
@@ -74,7 +84,7 @@ def plain_balance(p: Matrix, q: Matrix) -> float:
 @pytest.mark.parametrize("k", [2, 7])
 def test_distillation_matches_the_plain_formula(form: DistillationForm, temperature: float, k: int):
     p, q = random_probs(11, k, seed=0), random_probs(11, k, seed=1)
-    loss = distillation_loss(p, q, temperature=temperature, form=form)
+    loss = distillation_loss(gram(p, q), temperature=temperature, form=form)
     expected = plain_distillation(p.tolist(), q.tolist(), temperature, form)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -83,7 +93,7 @@ def test_distillation_matches_the_plain_formula(form: DistillationForm, temperat
 @pytest.mark.parametrize("form", CONFIDENCE_FORMS)
 def test_confidence_matches_the_plain_formula(form: ConfidenceForm):
     p, q = random_probs(11, 7, seed=2), random_probs(11, 7, seed=3)
-    loss = confidence_loss(p, q, form=form)
+    loss = confidence(p, q, form)
     expected = plain_confidence(p.tolist(), q.tolist(), form)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
@@ -91,7 +101,7 @@ def test_confidence_matches_the_plain_formula(form: ConfidenceForm):
 def test_balance_matches_the_plain_formula():
     p, q = random_probs(11, 7, seed=4), random_probs(11, 7, seed=5)
     expected = plain_balance(p.tolist(), q.tolist())
-    assert balance_entropy(p, q).item() == pytest.approx(expected, rel=1e-12)
+    assert balance(p, q).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("distillation_form", DISTILLATION_FORMS)
@@ -109,15 +119,15 @@ def test_total_pairs_each_modality_with_the_neighbors_of_the_other(
     plain = [matrix.tolist() for matrix in (p, q, p_neighbor, q_neighbor)]
     distillation = plain_distillation(plain[0], plain[3], 0.7, distillation_form)
     distillation += plain_distillation(plain[1], plain[2], 0.7, distillation_form)
-    confidence = plain_confidence(plain[0], plain[1], confidence_form)
-    balance = plain_balance(plain[0], plain[1])
+    sureness = plain_confidence(plain[0], plain[1], confidence_form)
+    entropy = plain_balance(plain[0], plain[1])
     found = {name: value.item() for name, value in terms.items()}
     assert found == pytest.approx(
         {
-            "loss": distillation + confidence - 3 * balance,
+            "loss": distillation + sureness - 3 * entropy,
             "distillation": distillation,
-            "confidence": confidence,
-            "balance": balance,
+            "confidence": sureness,
+            "balance": entropy,
         },
         rel=1e-12,
     )
@@ -146,13 +156,13 @@ def test_losses_of_two_unsure_rows_by_hand():
     # its clusters swapped, so a positive has cosine 0.6 and the wrong cluster 1.
     p = torch.tensor([[0.75, 0.25], [0.25, 0.75]], dtype=torch.float64)
     q = p.flip(1)
-    published = distillation_loss(p, q, temperature=0.5, form="published")
+    published = distillation_loss(gram(p, q), temperature=0.5, form="published")
     others = math.log(2 * math.exp(1.2) + math.exp(2))
     assert published.item() == pytest.approx(others - 1.2)
-    paper = distillation_loss(p, q, temperature=0.5, form="paper")
+    paper = distillation_loss(gram(p, q), temperature=0.5, form="paper")
     assert paper.item() == pytest.approx(2 * (math.log(math.exp(1.2) + math.exp(2)) - 1.2))
-    assert confidence_loss(p, q, form="published").item() == pytest.approx(math.log(8 / 3))
-    assert confidence_loss(p, q, form="paper").item() == pytest.approx(math.log(4 / 3))
+    assert confidence(p, q, "published").item() == pytest.approx(math.log(8 / 3))
+    assert confidence(p, q, "paper").item() == pytest.approx(math.log(4 / 3))
 
 
 @pytest.mark.parametrize("distillation_form", DISTILLATION_FORMS)
@@ -172,14 +182,14 @@ def test_gradients_are_those_of_the_losses(
 
 def test_balance_is_largest_for_even_clusters():
     even = torch.full((6, 4), 0.25, dtype=torch.float64)
-    assert balance_entropy(even, even).item() == pytest.approx(2 * math.log(4))
-    assert balance_entropy(random_probs(6, 4, seed=0), even).item() < 2 * math.log(4)
+    assert balance(even, even).item() == pytest.approx(2 * math.log(4))
+    assert balance(random_probs(6, 4, seed=0), even).item() < 2 * math.log(4)
 
 
 def test_balance_clamps_the_mean_probability_of_a_cluster_nobody_chose():
     probs = torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(5, 1)
     expected = -2 * 1e-9 * math.log(1e-9)
-    assert balance_entropy(probs, probs).item() == pytest.approx(expected, rel=1e-9)
+    assert balance(probs, probs).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("distillation_form", DISTILLATION_FORMS)
