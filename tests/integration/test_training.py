@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.store import Store
 from tac_ray.config import TrainHeadsConfig
+from tac_ray.stages.train_heads import train_heads
+from tests.integration.train_job import K, inputs
 
 pytestmark = pytest.mark.integration
 
@@ -20,13 +24,19 @@ ROOT = Path(__file__).parents[2]
 Trained = tuple[bytes, list[dict[str, float]]]
 
 
-def start(store: Path, n_workers: int = 2) -> subprocess.Popen[str]:
+def start(store: Path, n_workers: int = 2, *options: str) -> subprocess.Popen[str]:
+    job = Path(__file__).with_name("train_job.py")
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("train_job.py")), str(store), str(n_workers)],
+        [sys.executable, str(job), str(store), str(n_workers), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # Ray Train may ask for workers on a node that is gone, and tries again after this.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+        },
     )
 
 
@@ -109,7 +119,38 @@ def test_a_driver_killed_at_epoch_4_leaves_no_trace(undisturbed: Trained, tmp_pa
     assert sum(line.startswith("epoch") for line in seen) <= 3
 
 
-def test_fewer_workers_may_begin():
-    assert TrainHeadsConfig(n_workers=4, min_workers=2).min_workers == 2
-    with pytest.raises(ValueError, match="min_workers=0 should be >= 1"):
-        TrainHeadsConfig(min_workers=0)
+def test_a_lost_node_leaves_the_training_to_the_others(undisturbed: Trained, tmp_path: Path):
+    # Each node has room for two workers; three begin, and two go on.
+    seen = finish(start(tmp_path, 3, "lose-node"))
+    _, metrics = trained(seen)
+    artifact = next(line.split()[1] for line in seen if line.startswith("artifact"))
+    assert Artifact.load(artifact).facts["n_workers"] == 2
+    assert 6 <= sum(line.startswith("epoch") for line in seen) <= 8
+    _, expected = undisturbed
+    assert [line["epoch"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(metrics, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_heads_that_collapse_are_warned_of(ray_cluster: None, silent_progress: Any, tmp_path: Path):
+    config = TrainHeadsConfig(epochs=2, batch_size=256, balance_weight=0.0, learning_rate=1.0)
+    store = Store(str(tmp_path), silent_progress)
+    heads = train_heads(store, config, *inputs(str(tmp_path)), n_clusters=K, seed=0)
+    kept = json.loads(heads.folder.read("heads.json"))["warnings"]
+    assert "clusters have collapsed" in kept[0]
+    assert "8 of 10 clusters are empty; lower --n-clusters" in kept[1]
+    assert heads.facts["warnings"] == kept
+    assert [said for said in silent_progress.said if "warning" in said] == [
+        f"warning: {text}" for text in kept
+    ]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(
+    ray_cluster: None, silent_progress: Any, tmp_path: Path
+):
+    config = TrainHeadsConfig(epochs=50, batch_size=256, learning_rate=1e30)
+    store = Store(str(tmp_path), silent_progress)
+    with pytest.raises(ValueError, match=r"not finite in epoch 1: .*lower --learning-rate"):
+        train_heads(store, config, *inputs(str(tmp_path)), n_clusters=K, seed=0)
+    assert silent_progress.advanced == 0
+    assert [name for name, _ in silent_progress.finished] == []

@@ -1,10 +1,15 @@
-"""Trains heads on made-up embeddings, and tells of each epoch: STORE N_WORKERS."""
+"""Trains heads on made-up embeddings, and tells of each epoch: STORE N_WORKERS [lose-node].
+
+With `lose-node` there are two nodes, and the second one dies after epoch 2.
+"""
 
 import sys
+import threading
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.cluster_utils import Cluster
 
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
@@ -29,6 +34,27 @@ class Told:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
+
+
+class Losing(Told):
+    """The same; the cluster loses its second node after two epochs."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        self.second = self.cluster.add_node(num_cpus=1)
+        self.n_epochs = 0
+        ray.init(address=self.cluster.address, log_to_driver=False)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        super().advance(n, note)
+        self.n_epochs += 1
+        if self.n_epochs == 2:
+            lose = {"allow_graceful": False}
+            threading.Thread(
+                target=self.cluster.remove_node, args=[self.second], kwargs=lose
+            ).start()
 
 
 class Untold(Told):
@@ -65,24 +91,19 @@ def inputs(store: str) -> list[Artifact]:
 
 
 if __name__ == "__main__":
-    store, n_workers = sys.argv[1], int(sys.argv[2])
+    store, n_workers, lose_node = sys.argv[1], int(sys.argv[2]), "lose-node" in sys.argv[3:]
     config = TrainHeadsConfig(
         epochs=6,
         batch_size=256,
         n_workers=n_workers,
+        min_workers=1 if lose_node else None,
         checkpoint_every=1,
-        products="fp32",
         tensorboard=f"{store}/board",
     )
-    images, counterparts, image_neighbors, text_neighbors = inputs(store)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    train_heads(
-        Store(store, Told()),
-        config,
-        images,
-        counterparts,
-        image_neighbors,
-        text_neighbors,
-        n_clusters=K,
-        seed=0,
-    )
+    artifacts = inputs(store)
+    if lose_node:
+        told: Told = Losing()
+    else:
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        told = Told()
+    train_heads(Store(store, told), config, *artifacts, n_clusters=K, seed=0)
