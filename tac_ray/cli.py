@@ -13,10 +13,11 @@ from rich.console import Console
 
 from tac_ray.artifacts.run import Run
 from tac_ray.artifacts.storage import Folder, absolute
+from tac_ray.cluster import Cluster
 from tac_ray.config import TacConfig, best, reference
 from tac_ray.demo import accuracy_by_glyph, demo_config
 from tac_ray.pipeline import assign, run
-from tac_ray.plan import Cluster, make_plan
+from tac_ray.plan import make_plan
 from tac_ray.progress import glyph_table, plan_table, score_table, stage_table
 from tac_ray.report.page import PAGE, write_page
 

@@ -292,6 +292,8 @@ class TacConfig:
     ids and names they had there."""
     seed: int = 0
     """Of k-means, of the heads and of their samples."""
+    n_gpus: int | None = _unhashed(None)
+    """GPUs to use, for which an autoscaled cluster starts nodes; default those it has."""
     n_shards: int | None = _unhashed(None)
     """Index actors; default one per node or GPU."""
     replace: bool = _unhashed(False)
@@ -308,7 +310,7 @@ class TacConfig:
     train_heads: Annotated[TrainHeadsConfig, _Flat] = TrainHeadsConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, n_clusters=2, n_shards=1, seed=0)
+        _at_least(self, n_clusters=2, n_gpus=1, n_shards=1, seed=0)
         if not self.methods or len(set(self.methods)) != len(self.methods):
             raise ValueError(
                 f"methods={self.methods} should name each of {', '.join(METHOD_TITLES)} "

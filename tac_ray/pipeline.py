@@ -18,11 +18,12 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import Progress, Store, result_options
+from tac_ray.cluster import Cluster
 from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
 from tac_ray.index.group import ShardGroup
-from tac_ray.plan import Cluster, make_plan, n_semantic
+from tac_ray.plan import make_plan, n_semantic
 from tac_ray.progress import ConsoleProgress
 from tac_ray.report.page import write_page
 from tac_ray.report.pictures import report
@@ -83,7 +84,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         encoder = spec.load()
         plan = make_plan(
             config,
-            Cluster.connected(),
+            Cluster.connected(config.n_gpus),
             n_images=listing.n_rows,
             n_nouns=len(noun_list),
             width=encoder.width,
@@ -97,9 +98,16 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         _check_sizes(config, images.n_rows)
         nouns = steps.add(
             "embed_nouns",
-            embed_nouns(store, config.embed_nouns, spec, encoder.text_fingerprint, noun_list),
+            embed_nouns(
+                store,
+                config.embed_nouns,
+                spec,
+                encoder.text_fingerprint,
+                noun_list,
+                n_gpus=config.n_gpus,
+            ),
         )
-        with ShardGroup(config.n_shards) as index:
+        with ShardGroup(config.n_shards, config.n_gpus) as index:
             centroids = _semantic_centroids(steps, index, images)
             selected = steps.add(
                 "select_nouns", select_nouns(store, config.select_nouns, centroids, nouns)
@@ -130,6 +138,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 *neighbors,
                 n_clusters=config.n_clusters,
                 seed=config.seed,
+                n_gpus=config.n_gpus,
             )
             models["tac"] = Model(method="tac", artifact=steps.add("train_heads", heads))
         fitted = Fitted(spec, encoder, selected, models)
@@ -397,7 +406,7 @@ def _assign_split(
             store, model, listing, images, counterparts, selected, named_by=named[method]
         )
     if fit_too and images.n_rows >= config.n_clusters:
-        with ShardGroup(config.n_shards) as index:
+        with ShardGroup(config.n_shards, config.n_gpus) as index:
             own = _cluster_without_training(steps, index, images, counterparts, prefix)
         for method, model in own.items():
             assignments[f"{method}@val"] = assign_clusters(
@@ -414,7 +423,7 @@ def _embed(
     """The embeddings of a listing: computed, or taken from where the listing found them."""
     if "vectors" in listing.facts:
         return import_embeddings(store, config.embed_images, encoder, listing)
-    return embed_images(store, config.embed_images, spec, encoder, listing)
+    return embed_images(store, config.embed_images, spec, encoder, listing, n_gpus=config.n_gpus)
 
 
 def _publish(assignment: Artifact, out: str, suffix: str) -> None:
@@ -443,7 +452,7 @@ def _check_sizes(config: TacConfig, n_images: int) -> None:
 
 
 def _encoder_spec(config: TacConfig) -> EncoderSpec:
-    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    on_gpu = Cluster.connected(config.n_gpus).n_gpus > 0
     options = config.encoder
     if options.decode_on_gpu and not on_gpu:
         raise ValueError(

@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import ray
-
 from tac_ray.algorithm.nouns import n_semantic_centroids
+from tac_ray.cluster import Cluster
 from tac_ray.config import TacConfig
 from tac_ray.index.join import LISTS_PER_ROOT
 from tac_ray.index.kmeans import PRUNE_CENTROIDS
@@ -37,28 +36,6 @@ CORE = Rates(images=34, prompts=165, flops=9e10, pruned=2.0)
 GPU = Rates(images=3000, prompts=20_000, flops=1e14, pruned=1.0)
 """Assumed of an H200, never measured: a tenth of its peak in fp16, and images decoded by 16 cores.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """What there is to run on."""
-
-    n_nodes: int
-    n_cpus: int
-    n_gpus: int
-    memory_gb: float
-    """Of all nodes together."""
-
-    @classmethod
-    def connected(cls) -> "Cluster":
-        """The one that Ray is connected to."""
-        resources = ray.cluster_resources()
-        return cls(
-            n_nodes=max(1, sum(node["Alive"] for node in ray.nodes())),
-            n_cpus=int(resources.get("CPU", 1)),
-            n_gpus=int(resources.get("GPU", 0)),
-            memory_gb=resources.get("memory", 0) / 1e9,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +73,22 @@ class Plan:
         """The plan in a line."""
         cluster, largest = self.cluster, max(self.stages, key=lambda s: s.memory_gb * s.n_workers)
         gpus = f", {cluster.n_gpus} GPUs" if cluster.n_gpus else ""
+        there = f"of {cluster.memory_gb:,.1f} GB of memory" if cluster.memory_gb else "GB of memory"
         return (
             f"plan: {self.n_images:,} images and {self.n_nouns:,} nouns of width {self.width} on "
             f"{cluster.n_cpus} CPUs{gpus}: about {duration(self.hours)} with a ViT-B/32, "
             f"{sum(stage.written_gb for stage in self.stages):,.1f} GB written, "
-            f"{largest.memory_gb * largest.n_workers:,.1f} of {cluster.memory_gb:,.1f} GB of "
-            f"memory for {largest.stage}"
+            f"{largest.memory_gb * largest.n_workers:,.1f} {there} for {largest.stage}"
         )
 
     def check(self) -> None:
-        """Refuse a run that cannot fit.
+        """Refuse a run that cannot fit, as far as the nodes are known.
 
         Raises:
             ValueError: the workers of a stage need more memory than their nodes have.
         """
+        if not self.cluster.memory_gb:
+            return
         nodes = self.cluster.n_nodes
         for stage in self.stages:
             needed = stage.memory_gb * math.ceil(stage.n_workers / nodes)
@@ -223,7 +202,8 @@ def make_plan(
         # What does not fit into half of a node's memory is read from files.
         rows_gb = n * (4 * d + 8 * neighbors.n_neighbors + 8) / 1e9
         on_node = math.ceil(n_workers / cluster.n_nodes)
-        rows_gb = min(rows_gb, cluster.memory_gb / cluster.n_nodes / on_node / 2)
+        if cluster.memory_gb:
+            rows_gb = min(rows_gb, cluster.memory_gb / cluster.n_nodes / on_node / 2)
         # Two heads on anchors and neighbors, forward and backward: 3 x 2 x 2 passes of d (d + K).
         each = 24.0 * d * (d + n_clusters) + 28.0 * n_clusters**2
         stages.append(

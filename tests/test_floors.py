@@ -12,15 +12,24 @@ PACKAGE = Path(tac_ray.__file__).parent
 
 GROUND = {"algorithm"}
 BELOW_STAGES = {"algorithm", "artifacts", "encoders", "index", "sources"}
-BELOW_PIPELINE = BELOW_STAGES | {"config", "stages", "report", "demo", "plan", "progress"}
+BELOW_PIPELINE = BELOW_STAGES | {
+    "config",
+    "cluster",
+    "stages",
+    "report",
+    "demo",
+    "plan",
+    "progress",
+}
 FLOORS: dict[str, set[str]] = {
     "algorithm": set(),
     "config": GROUND,
+    "cluster": set(),
     "artifacts": GROUND,
     "encoders": GROUND,
-    "index": GROUND | {"artifacts"},
+    "index": GROUND | {"artifacts", "cluster"},
     "sources": GROUND | {"artifacts"},
-    "stages": BELOW_STAGES | {"config"},
+    "stages": BELOW_STAGES | {"config", "cluster"},
     "report": BELOW_STAGES | {"config", "stages"},
     "demo": BELOW_STAGES | {"config", "stages"},
     "plan": BELOW_PIPELINE,

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import tac_ray
-from tac_ray.plan import Cluster, duration, make_plan
+from tac_ray.cluster import Cluster
+from tac_ray.plan import duration, make_plan
 
 LAPTOP = Cluster(n_nodes=1, n_cpus=8, n_gpus=0, memory_gb=16)
 FARM = Cluster(n_nodes=32, n_cpus=512, n_gpus=0, memory_gb=16_000)

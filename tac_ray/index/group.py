@@ -12,6 +12,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from tac_ray.artifacts.manifest import Artifact, Part
 from tac_ray.artifacts.storage import Folder
+from tac_ray.cluster import Workers
 from tac_ray.index.found import Found, merge_top, write_neighbors
 from tac_ray.index.lists import JoinPlan
 from tac_ray.index.shard import PartSource, Pass, Shard
@@ -66,8 +67,8 @@ class ShardGroup:
     shards keep what they have.
     """
 
-    def __init__(self, n_shards: int | None = None) -> None:
-        self._n_shards = n_shards
+    def __init__(self, n_shards: int | None = None, n_gpus: int | None = None) -> None:
+        self._n_shards, self._n_gpus = n_shards, n_gpus
         self._shards: list[Any] = []
         self._held: list[list[PartSource]] = []
         self._told: list[tuple[str, tuple[Any, ...]]] = []
@@ -279,19 +280,13 @@ class ShardGroup:
     def _start(self) -> None:
         if self._shards:
             return
-        resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        n_shards = self._n_shards or gpus or nodes
-        self.on_gpu = 0 < n_shards <= gpus
-        # Half the cores are reserved, so that tasks over parts find room beside the shards.
+        workers = Workers.over_cluster(self._n_shards, self._n_gpus)
+        self.on_gpu = workers.num_gpus > 0
         self._actor = ray.remote(Shard).options(
-            num_cpus=cpus / n_shards / 2,
-            num_gpus=1 if self.on_gpu else 0,
-            scheduling_strategy="SPREAD",
+            num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, scheduling_strategy="SPREAD"
         )
-        self._each = (max(1, cpus // n_shards), self.on_gpu)
-        self._shards = [self._actor.remote(*self._each) for _ in range(n_shards)]
+        self._each = (workers.n_threads, self.on_gpu)
+        self._shards = [self._actor.remote(*self._each) for _ in range(workers.n)]
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """What each shard answers."""

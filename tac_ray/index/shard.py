@@ -123,6 +123,7 @@ class Shard:
     """
 
     def __init__(self, n_threads: int, on_gpu: bool) -> None:
+        on_gpu = on_gpu and torch.cuda.is_available()
         self._device = torch.device("cuda" if on_gpu else "cpu")
         # A GPU takes one block after the other.
         self._threads = ThreadPoolExecutor(1 if on_gpu else n_threads, initializer=_single_threaded)

@@ -25,6 +25,7 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import FAILURES
 from tac_ray.artifacts.storage import table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Progress, Store, hash_of, own_memory_gb
+from tac_ray.cluster import Workers
 from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import Crop, decode_image
@@ -45,6 +46,8 @@ def embed_images(
     spec: EncoderSpec,
     encoder: Encoder,
     images: Artifact,
+    *,
+    n_gpus: int | None = None,
 ) -> Artifact:
     """Embed every image of a listing that the store does not hold yet, and seal the listing's rows.
 
@@ -54,6 +57,7 @@ def embed_images(
         spec: what the actors load.
         encoder: the same, loaded in the driver for its fingerprint and its crop.
         images: artifact of list_images.
+        n_gpus: GPUs that the cluster may grow to; default those it has.
 
     Returns:
         `image_id` int64 and `embedding` float16 of unit norm, sorted by `image_id`; images that
@@ -86,7 +90,7 @@ def embed_images(
     store.progress.start("embed_images", n_lacking, "images")
     filled = _Filled()
     if n_lacking:
-        _fill(filled, store.progress, config, spec, encoder, images, embeddings, index)
+        _fill(filled, store.progress, config, spec, encoder, images, embeddings, index, n_gpus)
         index = extend_index(embeddings, filled.names, index)
     failures = filled.failures()
     _check_failures(filled.failed, images.n_rows, images.n_rows, config.max_failures)
@@ -246,7 +250,7 @@ class _Filled:
     read_s: float = 0.0
     decode_s: float = 0.0
     encode_s: float = 0.0
-    workers: "_Workers | None" = None
+    workers: Workers | None = None
 
     def add(self, report: dict[str, Any]) -> None:
         """Take in the report of a batch."""
@@ -273,10 +277,14 @@ class _Filled:
         whole, n = ended[-1] - ended[0], self.n_seen - rows[0]
         if not n:
             whole, n = ended[0] - began[0], rows[0]
+        encoders = self.workers
+        n_free = ray.cluster_resources().get("CPU", 1) - encoders.n * encoders.num_cpus
+        n_decoders = max(1, int(n_free / DECODE_CPUS))
+        n_passes = encoders.n * (1 if encoders.num_gpus else encoders.n_threads)
         able = {
-            "download": READS_IN_FLIGHT * self.workers.n_decoders / max(self.read_s, 1e-9),
-            "decode": self.workers.n_decoders / max(self.decode_s, 1e-9),
-            "encode": self.workers.n_passes / max(self.encode_s, 1e-9),
+            "download": READS_IN_FLIGHT * n_decoders / max(self.read_s, 1e-9),
+            "decode": n_decoders / max(self.decode_s, 1e-9),
+            "encode": n_passes / max(self.encode_s, 1e-9),
         }
         rates = {f"{step}_per_s": round(rate * self.n_seen, 1) for step, rate in able.items()}
         return {
@@ -287,47 +295,14 @@ class _Filled:
         }
 
 
-@dataclass(frozen=True)
-class _Workers:
-    """How many of each the cluster has room for."""
+def _encoders(workers: Workers) -> ActorPoolStrategy:
+    """The encoders, all of them from the start: Ray adds actors late, if at all.
 
-    n_encoders: int
-    n_threads: int
-    encoder_cpus: float
-    encoder_gpus: int
-    n_decoders: int
-    n_passes: int
-    """Passes at a time of all encoders."""
-    grows: bool
-    """Whether more encoders start when the cluster grows."""
-
-    @classmethod
-    def of_cluster(cls, n_encoders: int | None) -> "_Workers":
-        """One encoder a GPU, or a node without GPUs; decoders on the cores that are left."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
-        n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
-        n = n_encoders or n_gpus or len(cpus)
-        # On CPU an encoder reserves half the cores of a node, so that decoding is not starved,
-        # and uses all; beside a GPU one core, or less where that would leave none to decode.
-        n_threads = max(1, int(min(cpus) * len(cpus) / n))
-        reserved = min(1.0, sum(cpus) / n / 2) if n_gpus else n_threads / 2
-        reserved = reserved if reserved <= 1 else float(int(reserved))
-        n_decoders = max(1, int((sum(cpus) - n * reserved) / DECODE_CPUS))
-        grows = bool(n_gpus) and n_encoders is None
-        n_passes = n if n_gpus else n * n_threads
-        return cls(n, n_threads, reserved, min(n_gpus, 1), n_decoders, n_passes, grows)
-
-    @property
-    def pool(self) -> ActorPoolStrategy:
-        """The encoders, all of them from the start: Ray adds actors late, if at all.
-
-        Each takes two blocks at a time, so that its cores do not wait while one ends.
-        """
-        several = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
-        if self.grows:
-            return ActorPoolStrategy(min_size=self.n_encoders, max_size=None, **several)
-        return ActorPoolStrategy(size=self.n_encoders, **several)
+    Each takes two blocks at a time, so that its cores do not wait while one ends.
+    """
+    return ActorPoolStrategy(
+        size=workers.n, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+    )
 
 
 def _fill(
@@ -339,9 +314,10 @@ def _fill(
     images: Artifact,
     embeddings: EmbeddingStore,
     index: ObjectRef[Index],
+    n_gpus: int | None,
 ) -> None:
     """Embed what the store lacks."""
-    workers = filled.workers = _Workers.of_cluster(config.n_encoders)
+    workers = filled.workers = Workers.over_cluster(config.n_encoders, n_gpus)
     parts = [{"part": part.name} for part in images.manifest.parts]
     reports = (
         ray.data.from_items(parts, override_num_blocks=len(parts))
@@ -361,9 +337,9 @@ def _fill(
             EncodePixels,  # type: ignore[arg-type]
             fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
             batch_size=BATCH_ROWS,
-            compute=workers.pool,
-            num_cpus=workers.encoder_cpus,
-            num_gpus=workers.encoder_gpus or None,
+            compute=_encoders(workers),
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus or None,
         )
     )
     for report in reports.iter_rows():

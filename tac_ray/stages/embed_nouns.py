@@ -15,6 +15,7 @@ from tac_ray.algorithm.nouns import mean_over_templates
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of, own_memory_gb
+from tac_ray.cluster import Workers
 from tac_ray.config import EmbedNounsConfig
 from tac_ray.encoders.clip import EncoderSpec
 from tac_ray.encoders.prompts import PROMPT_TEMPLATES
@@ -30,6 +31,8 @@ def embed_nouns(
     spec: EncoderSpec,
     text_fingerprint: str,
     nouns: list[str],
+    *,
+    n_gpus: int | None = None,
 ) -> Artifact:
     """Embed nouns: the mean of a noun's prompts, then unit norm.
 
@@ -41,6 +44,7 @@ def embed_nouns(
         spec: what the actors load.
         text_fingerprint: of the encoder's text tower.
         nouns: one string a row.
+        n_gpus: GPUs that the cluster may grow to; default those it has.
 
     Returns:
         `noun_id` int64 (the row), `noun` string, `embedding` float16.
@@ -52,7 +56,7 @@ def embed_nouns(
     def write(writer: ArtifactWriter) -> None:
         distinct = list(dict.fromkeys(nouns))
         row = {noun: i for i, noun in enumerate(distinct)}
-        embedding = np.concatenate(list(_embed(writer, config, spec, distinct)))
+        embedding = np.concatenate(list(_embed(writer, config, spec, distinct, n_gpus)))
         for start in range(0, len(nouns), PART_NOUNS):
             block = nouns[start : start + PART_NOUNS]
             table = pa.table(
@@ -93,19 +97,22 @@ class TextEncoder:
 
 
 def _embed(
-    writer: ArtifactWriter, config: EmbedNounsConfig, spec: EncoderSpec, distinct: list[str]
+    writer: ArtifactWriter,
+    config: EmbedNounsConfig,
+    spec: EncoderSpec,
+    distinct: list[str],
+    n_gpus: int | None,
 ) -> Iterator[NDArray[np.float16]]:
     """Embeddings of distinct nouns, a block at a time, in order."""
-    resources = ray.cluster_resources()
-    n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    n_encoders = n_gpus or nodes
-    threads = max(1, n_cpus // n_encoders)
-    needs = {"num_gpus": 1, "num_cpus": 1} if n_gpus else {"num_cpus": threads}
-    actor: Any = ray.remote(TextEncoder).options(**needs)
-    actors = [actor.remote(spec, config.text_batch_size, threads) for _ in range(n_encoders)]
+    workers = Workers.over_cluster(n_gpus=n_gpus)
+    actor: Any = ray.remote(TextEncoder).options(
+        num_cpus=workers.num_cpus, num_gpus=workers.num_gpus
+    )
+    actors = [
+        actor.remote(spec, config.text_batch_size, workers.n_threads) for _ in range(workers.n)
+    ]
     writer.start(len(distinct), "nouns")
-    _announce(writer, actors[0], distinct, n_encoders)
+    _announce(writer, actors[0], distinct, workers.n)
     blocks = [distinct[i : i + BLOCK_NOUNS] for i in range(0, len(distinct), BLOCK_NOUNS)]
     for half, _, memory_gb in ActorPool(actors).map(lambda a, b: a.encode.remote(b), blocks):
         writer.note_memory(memory_gb)

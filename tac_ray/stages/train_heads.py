@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -61,6 +61,7 @@ def train_heads(
     *,
     n_clusters: int,
     seed: int,
+    n_gpus: int | None = None,
 ) -> Artifact:
     """Train an image head and a text head against each other.
 
@@ -73,6 +74,7 @@ def train_heads(
         text_neighbors: artifact of find_neighbors over `counterparts`.
         n_clusters: K.
         seed: of the weights, the order of rows and the draw of neighbors.
+        n_gpus: GPUs that the cluster may grow to; default those it has.
 
     Returns:
         `heads.safetensors`; `heads.json` (width, K, the last metrics, warnings); `metrics.jsonl`,
@@ -87,7 +89,8 @@ def train_heads(
     100 n (d + K) for its n rows of a batch.
     """
     resources = ray.cluster_resources()
-    n_cpus, n_gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    n_cpus = int(resources.get("CPU", 1))
+    n_gpus = n_gpus or int(resources.get("GPU", 0))
     n_workers = config.n_workers or max(1, n_gpus)
     config = dataclasses.replace(config.resolve(n_clusters), n_workers=n_workers)
     batch_size = check_batch(config, images.n_rows)
@@ -116,14 +119,20 @@ def train_heads(
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         log = ray.remote(_EpochLog).options(num_cpus=0, scheduling_strategy=here).remote()
         fewest = min(config.min_workers or n_workers, n_workers)
+        on_gpu = n_gpus > 0 and ray.get(_has_cuda.remote())
+        if n_gpus and not on_gpu:
+            writer.progress.say("warning: torch finds no CUDA device; heads train on cores")
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={"job": job, "log": log},
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=(fewest, n_workers) if fewest < n_workers else n_workers,
                 use_gpu=n_gpus > 0,
                 # Half the cores a worker uses are reserved: Ray Train needs some itself.
-                resources_per_worker=None if n_gpus else {"CPU": max(0.5, n_cpus / n_workers / 2)},
+                resources_per_worker={"GPU": 1, "CPU": 0.5}
+                if n_gpus
+                else {"CPU": max(0.5, n_cpus / n_workers / 2)},
             ),
             # A run of this name that was killed goes on from its last checkpoint.
             run_config=RunConfig(
@@ -247,6 +256,12 @@ def _fit(
     ray.kill(log)
     assert checkpoint is not None
     return _read_state(checkpoint)
+
+
+@ray.remote(num_gpus=1, num_cpus=0)
+def _has_cuda() -> bool:
+    """Whether torch can use a GPU that Ray counts."""
+    return torch.cuda.is_available()
 
 
 def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:

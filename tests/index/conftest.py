@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tac_ray import cluster
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.store import Store
@@ -62,11 +63,8 @@ class _InProcessRay:
     def remote(self, kind: Callable[..., Any]) -> _Callable:
         return _Callable(lambda *args: _Actor(kind(*args)))
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0}
-
-    def nodes(self) -> list[dict[str, bool]]:
-        return [{"Alive": True}]
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}]
 
     def put(self, value: Any) -> Any:
         return value
@@ -82,6 +80,7 @@ class _InProcessRay:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> type[group.ShardGroup]:
     """ShardGroup without a cluster: its actors and tasks run in this process, in order."""
     write = group._write_found._function
-    monkeypatch.setattr(group, "ray", _InProcessRay())
+    for module in (group, cluster):
+        monkeypatch.setattr(module, "ray", _InProcessRay())
     monkeypatch.setattr(group, "_write_found", _Callable(write))
     return group.ShardGroup

@@ -1,6 +1,7 @@
 """A small collection of images, and the command line of a run over it."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,13 @@ def tac_ray(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]  # type: ignore[no-any-return]
 
 
 def files(folder: Path) -> dict[str, bytes]:

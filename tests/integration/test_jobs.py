@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tac_ray.artifacts.run import Run
+from tests.integration.conftest import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -26,7 +26,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
     """Environment of a client of a cluster started with `ray start --head`."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
     environment = {
         **os.environ,
@@ -42,7 +42,7 @@ def cluster() -> Iterator[dict[str, str]]:
             [
                 *command,
                 f"--dashboard-port={dashboard}",
-                f"--dashboard-agent-listen-port={_free_port()}",
+                f"--dashboard-agent-listen-port={free_port()}",
                 "--disable-usage-stats",
             ],
             env=environment,
@@ -116,9 +116,3 @@ def _submit(cluster: dict[str, str], job: str, *arguments: str) -> subprocess.Co
         text=True,
         timeout=500,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]  # type: ignore[no-any-return]

@@ -1,0 +1,61 @@
+"""What there is to run on, and what the stages take of it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ray
+
+
+class Workers(NamedTuple):
+    """The actors of a stage."""
+
+    n: int
+    n_threads: int
+    """Cores that each may use."""
+    num_cpus: float
+    """Cores that each reserves: half of them, so that tasks find room beside the actors."""
+    num_gpus: int
+    """GPUs that each has: one or none."""
+
+    @classmethod
+    def over_cluster(cls, n: int | None = None, n_gpus: int | None = None) -> "Workers":
+        """One a GPU, or one a node where there are none.
+
+        Args:
+            n: how many instead; beyond the GPUs they compute on cores.
+            n_gpus: GPUs that the cluster may grow to; default those it has.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
+        there = n_gpus or int(sum(node.get("GPU", 0) for node in nodes))
+        n = n or there or len(cpus)
+        if n <= there:
+            beside = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")]
+            return cls(n, max(1, int(min(beside, default=1))), 0.5, 1)
+        n_threads = max(1, int(min(cpus) * len(cpus) / n))
+        reserved = n_threads / 2
+        return cls(n, n_threads, reserved if reserved <= 1 else float(int(reserved)), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What there is to run on."""
+
+    n_nodes: int
+    n_cpus: int
+    n_gpus: int
+    memory_gb: float
+    """Of all nodes together; 0 if unknown."""
+
+    @classmethod
+    def connected(cls, n_gpus: int | None = None) -> "Cluster":
+        """The one that Ray is connected to, grown to `n_gpus`."""
+        resources = ray.cluster_resources()
+        there = int(resources.get("GPU", 0))
+        more = max(0, (n_gpus or 0) - there)
+        return cls(
+            n_nodes=max(1, sum(node["Alive"] for node in ray.nodes())) + more,
+            n_cpus=int(resources.get("CPU", 1)),
+            n_gpus=n_gpus or there,
+            memory_gb=0.0 if more else resources.get("memory", 0) / 1e9,
+        )
