@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, FileConfigReader
 
 ROOT = Path(__file__).parents[1]
@@ -307,3 +312,52 @@ def test_what_the_dockerfile_copies_is_there_and_nothing_else_is_sent():
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert ignore[0] == "*"
     assert {line[1:] for line in ignore if line.startswith("!")} == copied
+
+
+@pytest.mark.integration
+def test_ray_starts_nodes_on_aws_and_opens_no_port_but_ssh(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The server speaks EC2 and IAM too.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    # Ray puts a key for SSH into ~/.ssh.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = prepare_config(read("aws"))
+    node_types, region = config["available_node_types"], config["provider"]["region"]
+    ec2, iam = boto3.client("ec2", region), boto3.client("iam", region)
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    for node_type in node_types.values():
+        node_type["node_config"]["ImageId"] = image
+    for profile in ("tac-ray-head", "tac-ray-worker"):
+        iam.create_instance_profile(InstanceProfileName=profile)
+
+    # What the file says of the workers' instance types is what AWS says of them.
+    said = {name: node_type.pop("resources") for name, node_type in node_types.items()}
+    filled = AWSNodeProvider.fillout_available_node_types_resources(config)
+    for name in ("cpu", "gpu"):
+        known = filled["available_node_types"][name]["resources"]
+        assert said[name].items() <= known.items()
+        assert ("GPU" in said[name]) == ("GPU" in known)
+
+    config = bootstrap_aws(filled)
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    for name, node_type in config["available_node_types"].items():
+        tags = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_USER_NODE_TYPE: name}
+        provider.create_node(dict(node_type["node_config"]), tags, 1)
+    nodes = [
+        node
+        for reservation in ec2.describe_instances()["Reservations"]
+        for node in reservation["Instances"]
+    ]
+    assert sorted(node.get("InstanceLifecycle", "") for node in nodes) == ["", "spot", "spot"]
+    groups = {group["GroupId"] for node in nodes for group in node["SecurityGroups"]}
+    described = ec2.describe_security_groups(GroupIds=sorted(groups))["SecurityGroups"]
+    rules = [rule for group in described for rule in group["IpPermissions"]]
+    open_ports = [(rule["FromPort"], rule["ToPort"]) for rule in rules if rule["IpRanges"]]
+    assert open_ports == [(22, 22)]
+    # All others let in nodes of the same group only.
+    others = [rule for rule in rules if not rule["IpRanges"]]
+    allowed = {pair["GroupId"] for rule in others for pair in rule["UserIdGroupPairs"]}
+    assert allowed == groups
