@@ -1,9 +1,11 @@
 """What there is to run on, and what the stages take of it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Workers(NamedTuple):
@@ -59,3 +61,21 @@ class Cluster:
             n_gpus=n_gpus or there,
             memory_gb=0.0 if more else resources.get("memory", 0) / 1e9,
         )
+
+
+def nodes_without(path: str) -> list[str]:
+    """Addresses of the nodes that have no file or folder at a local path."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(num_cpus=0)(_exists)
+    found = [
+        look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(path)
+        for node in nodes
+    ]
+    seen = zip(nodes, ray.get(found), strict=True)
+    return [node["NodeManagerAddress"] for node, there in seen if not there]
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import posixpath
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import Progress, Store, result_options
-from tac_ray.cluster import Cluster
+from tac_ray.cluster import Cluster, nodes_without
 from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
@@ -39,6 +40,7 @@ from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.select_nouns import select_nouns
+from tac_ray.stages.share_encoder import share_encoder
 from tac_ray.stages.train_heads import check_batch, train_heads
 
 PROTOCOLS: dict[str, str] = {
@@ -91,6 +93,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         )
         plan.check()
         steps.progress.say(plan.line())
+        spec = _for_all_nodes(steps, spec, encoder)
 
         # The run begins to exist here, so that one refused above can be put right and repeated.
         steps.add("list_images", listing)
@@ -211,7 +214,9 @@ def assign(
             matching=earlier.artifact("match_clusters") if matched else None,
         )
         named = earlier.artifact(f"assign_clusters:{config.answer}")
-        fitted = Fitted(spec, spec.load(), earlier.artifact("select_nouns"), {config.answer: model})
+        encoder = spec.load()
+        spec = _for_all_nodes(steps, spec, encoder)
+        fitted = Fitted(spec, encoder, earlier.artifact("select_nouns"), {config.answer: model})
         split = _assign_split(steps, fitted, config.images, {config.answer: named})
         _publish(split[1][config.answer], config.out, "")
         return steps.finish({"new": split})
@@ -466,6 +471,47 @@ def _encoder_spec(config: TacConfig) -> EncoderSpec:
         compile=options.compile,
         decode_on_gpu=options.decode_on_gpu,
     )
+
+
+def _for_all_nodes(steps: _Steps, spec: EncoderSpec, encoder: Encoder) -> EncoderSpec:
+    """What the workers load, wherever they run.
+
+    Raises:
+        ValueError: a path of the run is on the disk of one machine among several.
+    """
+    store = steps.store
+    _check_shared(steps.config, store.path)
+    if is_local(store.path) and Cluster.connected(steps.config.n_gpus).n_nodes == 1:
+        return spec
+    return share_encoder(store, spec, encoder)
+
+
+def _check_shared(config: TacConfig, store: str) -> None:
+    """Refuse local paths that the other nodes of the cluster do not see.
+
+    Raises:
+        ValueError: a node has another disk.
+    """
+    if Cluster.connected().n_nodes == 1:
+        return
+    written = {"out": config.out, "store": store}
+    for name, path in {"images": config.images, "val_images": config.val_images, **written}.items():
+        if path is None or not is_local(path):
+            continue
+        if name in written:
+            # What other nodes see may be a folder of the same name on a disk of their own.
+            mark = f".{uuid.uuid4().hex}"
+            Folder(path).write(mark, b"")
+            blind = nodes_without(Folder(path).join(mark))
+            Folder(path).remove(mark)
+        else:
+            blind = nodes_without(path)
+        if blind:
+            raise ValueError(
+                f"{name}={path} should be seen by all nodes of the cluster and {', '.join(blind)} "
+                f"cannot see it; give s3:// or a folder that all of them mount to "
+                f"--{name.replace('_', '-')}"
+            )
 
 
 def _absolute_paths(config: TacConfig) -> TacConfig:

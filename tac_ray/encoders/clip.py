@@ -69,6 +69,18 @@ class Encoder:
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         """Height and width of the pixels it takes."""
 
+    def configuration(self) -> dict[str, Any]:
+        """What open_clip has to know of the model besides its weights."""
+        model = open_clip.get_model_config(self.spec.model)
+        return {
+            "model_cfg": model,
+            "preprocess_cfg": open_clip.get_model_preprocess_cfg(self._model),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of the model, by name, on the CPU."""
+        return {n: t.cpu().contiguous().clone() for n, t in self._model.state_dict().items()}
+
     @functools.cached_property
     def image_fingerprint(self) -> str:
         """Names the embeddings of images: weights, preprocessing and precision."""

@@ -50,8 +50,8 @@ class Cluster:
             process
             for process in psutil.process_iter(["name", "cmdline"])
             if process.info["name"] == "raylet"
-            and any(f":{self.gcs_port}" in word for word in process.info["cmdline"])
-            and not any("--head" in word for word in process.info["cmdline"])
+            and any(f":{self.gcs_port}" in word for word in process.info["cmdline"] or [])
+            and not any("--head" in word for word in process.info["cmdline"] or [])
         ]
 
     def kill_node_of(self, title: str) -> None:
@@ -95,6 +95,7 @@ def cluster(s3_of_module: str) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie in it
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -181,7 +182,8 @@ def bucket(s3_of_module: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def submit(cluster: Cluster, encoder: Path, folder: Path, run: str) -> Job:
     nouns, log = folder / "nouns.txt", folder / f"{run}.log"
     nouns.write_text("\n".join(NOUNS))
-    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/tac_s3.py"]
+    # Without --working-dir: every node unpacks it anew, and these share the place, unlike others.
+    command = [RAY, "job", "submit", "--", sys.executable, str(ROOT / "jobs" / "tac_s3.py")]
     options = [
         *("--images", "s3://photos/in", "--n-clusters", "3", "--n-gpus", "2"),
         *("--model", f"local-dir:{encoder}", "--precision", "fp32", "--nouns", str(nouns)),
