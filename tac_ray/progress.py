@@ -2,6 +2,7 @@
 
 import time
 
+from ray.util.metrics import Counter, Gauge
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,10 +23,21 @@ LOG_EVERY_S = 15.0
 """Seconds between lines of a stage where the output is a file or a job's log."""
 
 
-class ConsoleProgress:
-    """Progress of stages on a terminal, or as plain lines in a log."""
+class _Metrics:
+    """The same as Ray metrics: on the dashboard, and for Prometheus."""
 
     def __init__(self) -> None:
+        tags = ("stage", "unit")
+        self.done = Counter("tac_ray_units_done_total", "Units of a stage that are done.", tags)
+        self.rate = Gauge("tac_ray_units_per_second", "Units of a stage done in a second.", tags)
+        self.seconds = Gauge("tac_ray_stage_seconds", "Time of a finished stage.", ("stage",))
+
+
+class ConsoleProgress:
+    """Progress of stages on a terminal, or as plain lines in a log, and as Ray metrics."""
+
+    def __init__(self) -> None:
+        self._metrics = _Metrics()
         self.console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -59,6 +71,10 @@ class ConsoleProgress:
         """Count `n` units done."""
         self._done += n
         self._note = note or self._note
+        tags = {"stage": self._title, "unit": self._unit}
+        if n:
+            self._metrics.done.inc(n, tags)
+        self._metrics.rate.set(self._per_second(), tags)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=n, rate=self._rate(), note=self._note)
         elif time.monotonic() - self._logged > LOG_EVERY_S:
@@ -73,6 +89,8 @@ class ConsoleProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if not artifact.reused:
+            self._metrics.seconds.set(artifact.manifest.seconds, {"stage": title})
         took = "done before" if artifact.reused else f"{artifact.manifest.seconds:.1f} s"
         facts = artifact.facts
         counts = "".join(
@@ -94,9 +112,11 @@ class ConsoleProgress:
         """Print a line."""
         self.console.print(text)
 
+    def _per_second(self) -> float:
+        return self._done / max(1e-9, time.monotonic() - self._started)
+
     def _rate(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._started)
-        return f"{self._done / seconds:,.1f} {self._unit}/s"
+        return f"{self._per_second():,.1f} {self._unit}/s"
 
     def _left(self) -> str:
         assert self._total is not None

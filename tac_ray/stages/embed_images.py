@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.data import ActorPoolStrategy
+from ray.util.metrics import Counter
 
 from tac_ray.artifacts.embeddings import KEY_BYTES, EmbeddingStore, Index, image_keys
 from tac_ray.artifacts.manifest import Artifact
@@ -342,8 +343,11 @@ def _fill(
             num_gpus=workers.num_gpus or None,
         )
     )
+    failures = Counter("tac_ray_images_failed_total", "Images that could not be read.")
     for report in reports.iter_rows():
         filled.add(report)
+        if report["failed"]:
+            failures.inc(len(report["failed"]))
         n_failed = len(filled.failed)
         progress.advance(report["rows"], f"{n_failed} failed" if n_failed else "")
         _check_failures(filled.failed, filled.n_seen, images.n_rows, config.max_failures)

@@ -18,6 +18,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -232,6 +233,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, telling of epochs as they end, and give the last checkpoint's state."""
     board = SummaryWriter(tensorboard) if tensorboard else None
+    loss = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
     with ThreadPoolExecutor(1) as background:
         training = background.submit(trainer.fit)
         running = True
@@ -243,6 +245,7 @@ def _fit(
                         f"loss is not finite in epoch {line['epoch']}: {line}; lower "
                         "--learning-rate"
                     )
+                loss.set(line["loss"])
                 note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
                 writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
                 if board:
