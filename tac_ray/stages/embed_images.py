@@ -37,6 +37,9 @@ from tac_ray.stages.stored import count_stored, extend_index, read_lacking, seal
 BATCH_ROWS = 256
 """Images a Ray Data block: 40 MB of pixels at 224 x 224."""
 DECODE_CPUS = 0.5
+RESTARTS = 5
+"""Times that an encoder is started again: then not its node fails but itself, for lack of
+memory for example."""
 FEW = 1000
 """Stop when none of so many images could be read."""
 
@@ -326,6 +329,7 @@ def _fill(
             read_lacking,  # type: ignore[arg-type]
             fn_kwargs={"listing": images.folder, "index": [index]},
             batch_format="pyarrow",
+            num_cpus=DECODE_CPUS,  # a whole core may not be free beside an encoder
         )
         .repartition(target_num_rows_per_block=BATCH_ROWS)
         .map_batches(
@@ -338,6 +342,8 @@ def _fill(
             EncodePixels,  # type: ignore[arg-type]
             fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
             batch_size=BATCH_ROWS,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
             compute=_encoders(workers),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus or None,

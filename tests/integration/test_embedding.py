@@ -1,5 +1,6 @@
 """Embedding a bucket over a bad network, killed and resumed, and its memory as it grows."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -19,12 +21,16 @@ import psutil
 import pyarrow.compute as pc
 import pytest
 from PIL import Image
+from ray.exceptions import RayActorError
 
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
+from tac_ray.artifacts.store import Store
+from tac_ray.config import EmbedImagesConfig
 from tac_ray.encoders.clip import Encoder, EncoderSpec
 from tac_ray.encoders.decode import decode_image
-from tac_ray.stages.embed_images import BATCH_ROWS
+from tac_ray.stages.embed_images import BATCH_ROWS, embed_images
+from tac_ray.stages.list_images import list_images
 from tests.memory import PeakMemory
 
 pytestmark = pytest.mark.integration
@@ -247,3 +253,22 @@ def test_a_million_keys_are_listed_in_bounded_memory(tmp_path: Path):
     print(f"{few.largest_mb:.0f} -> {many.largest_mb:.0f} MB")
     assert many.root_mb < 1.1 * few.root_mb
     assert many.largest_mb < 1.5 * few.largest_mb
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dying(EncoderSpec):
+    """An encoder whose process ends when it is loaded, as for lack of memory."""
+
+    def load(self, device: str = "cpu") -> Encoder:
+        os._exit(1)
+
+
+def test_an_encoder_that_dies_again_and_again_ends_the_run(
+    ray_cluster: None, tiny_encoder_dir: Path, silent_progress: Any, images: Path, tmp_path: Path
+):
+    options = {"model": f"local-dir:{tiny_encoder_dir}", "pretrained": None, "precision": "fp32"}
+    store = Store(str(tmp_path), silent_progress)
+    listing = list_images(store, str(images), labels="none")
+    encoder = EncoderSpec(**options).load()
+    with pytest.raises(RayActorError):
+        embed_images(store, EmbedImagesConfig(), Dying(**options), encoder, listing)
