@@ -280,7 +280,8 @@ def _train_worker(told: dict[str, Any]) -> None:
     assert config.distillation_temperature is not None
     context = ray.train.get_context()
     rank, n_workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    # Ray Train names a GPU wherever it counts one.
+    device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
     assert isinstance(device, torch.device)
     if device.type == "cpu":
         torch.set_num_threads(job.n_threads)
