@@ -15,7 +15,8 @@ class Workers(NamedTuple):
     n_threads: int
     """Cores that each may use."""
     num_cpus: float
-    """Cores that each reserves: half of them, so that tasks find room beside the actors."""
+    """Cores that each reserves: half of them, so that tasks find room beside the actors; none of a
+    single core, which some tasks need whole."""
     num_gpus: int
     """GPUs that each has: one or none."""
 
@@ -33,9 +34,10 @@ class Workers(NamedTuple):
         n = n or there or len(cpus)
         if n <= there:
             beside = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")]
-            return cls(n, max(1, int(min(beside, default=1))), 0.5, 1)
+            n_threads = max(1, int(min(beside, default=1)))
+            return cls(n, n_threads, 0.5 if n_threads > 1 else 0, 1)
         n_threads = max(1, int(min(cpus) * len(cpus) / n))
-        reserved = n_threads / 2
+        reserved = n_threads / 2 if min(cpus) > 1 else 0
         return cls(n, n_threads, reserved if reserved <= 1 else float(int(reserved)), 0)
 
 

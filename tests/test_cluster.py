@@ -38,6 +38,11 @@ def test_two_cores_leave_one_to_the_tasks(nodes: list[dict[str, Any]]):
     assert Workers.over_cluster(2) == Workers(n=2, n_threads=1, num_cpus=0.5, num_gpus=0)
 
 
+def test_a_single_core_is_left_whole(nodes: list[dict[str, Any]]):
+    nodes += [{"CPU": 1}, {"CPU": 1}]
+    assert Workers.over_cluster() == Workers(n=2, n_threads=1, num_cpus=0, num_gpus=0)
+
+
 def test_every_gpu_has_a_worker_and_it_fits_beside_one_core(nodes: list[dict[str, Any]]):
     nodes += [{"CPU": 1}, {"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}]
     assert Workers.over_cluster() == Workers(n=8, n_threads=8, num_cpus=0.5, num_gpus=1)
@@ -45,7 +50,7 @@ def test_every_gpu_has_a_worker_and_it_fits_beside_one_core(nodes: list[dict[str
 
 def test_gpus_that_are_yet_to_come_are_counted(nodes: list[dict[str, Any]]):
     nodes += [{"CPU": 1, "memory": 4e9}]
-    assert Workers.over_cluster(n_gpus=3) == Workers(n=3, n_threads=1, num_cpus=0.5, num_gpus=1)
+    assert Workers.over_cluster(n_gpus=3) == Workers(n=3, n_threads=1, num_cpus=0, num_gpus=1)
     grown = Cluster.connected(3)
     assert (grown.n_gpus, grown.n_nodes, grown.memory_gb) == (3, 4, 0)
     assert Cluster.connected().memory_gb == 4

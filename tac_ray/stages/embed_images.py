@@ -329,7 +329,6 @@ def _fill(
             read_lacking,  # type: ignore[arg-type]
             fn_kwargs={"listing": images.folder, "index": [index]},
             batch_format="pyarrow",
-            num_cpus=DECODE_CPUS,  # a whole core may not be free beside an encoder
         )
         .repartition(target_num_rows_per_block=BATCH_ROWS)
         .map_batches(
@@ -342,8 +341,7 @@ def _fill(
             EncodePixels,  # type: ignore[arg-type]
             fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
             batch_size=BATCH_ROWS,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
+            ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
             compute=_encoders(workers),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus or None,

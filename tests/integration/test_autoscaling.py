@@ -41,7 +41,6 @@ class Cluster:
 
     client: dict[str, str]
     """Environment of who submits jobs."""
-    head: psutil.Process
     gcs_port: int
 
     def nodes(self) -> list[psutil.Process]:
@@ -137,7 +136,10 @@ def cluster(s3_of_module: str) -> Iterator[Cluster]:
         assert time.monotonic() < deadline, "the cluster did not come up"
         assert head.poll() is None, log.read_text()
         time.sleep(1)
-    yield Cluster(client, psutil.Process(head.pid), port)
+    started = Cluster(client, port)
+    yield started
+    for node in started.nodes():
+        node.kill()
     head.terminate()
     head.wait(90)
     shutil.rmtree(folder, ignore_errors=True)
