@@ -1,19 +1,24 @@
 """A folder on a local path or on `s3://`, through fsspec."""
 
 import io
+import logging
 import os
 import posixpath
+import random
 import shutil
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import EndpointConnectionError, HTTPClientError
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
@@ -25,6 +30,36 @@ S3_CLIENT: dict[str, Any] = {
     "read_timeout": 60,
 }
 """Settings of every client of S3."""
+
+
+OUTAGE_S = 300
+"""How long a store may be out of reach before a run gives up."""
+_LONGEST_PAUSE_S = 10
+_UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectionError, TimeoutError)
+"""Errors of the way to a store, which say nothing of what was asked for."""
+
+T = TypeVar("T")
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What `call` returns, begun again for OUTAGE_S while the store cannot be reached.
+
+    The clients of stores try again too, but give up after a minute, or at once when many calls of
+    theirs failed.
+    """
+    begun, n_failed = time.monotonic(), 0
+    while True:
+        try:
+            return call()
+        except _UNREACHABLE as error:
+            n_failed += 1
+            passed = time.monotonic() - begun
+            if passed > OUTAGE_S:
+                raise
+            logging.getLogger(__name__).warning(
+                "%s: %s; trying again for %.0f s", type(error).__name__, error, OUTAGE_S - passed
+            )
+            time.sleep(random.uniform(0.5, 1) * min(_LONGEST_PAUSE_S, 2**n_failed))
 
 
 def is_local(path: str) -> bool:
@@ -79,7 +114,7 @@ class Folder:
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
         fs, path = filesystem(self.join(name))
-        return bool(fs.exists(path))
+        return patiently(lambda: bool(fs.exists(path)))
 
     def read(self, name: str) -> bytes:
         """Bytes of a file.
@@ -88,14 +123,14 @@ class Folder:
             FileNotFoundError: no such file.
         """
         fs, path = filesystem(self.join(name))
-        return fs.cat_file(path)  # type: ignore[no-any-return]
+        return patiently(lambda: fs.cat_file(path))  # type: ignore[no-any-return]
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole: rename over the old one locally, one PUT on an object store."""
         target = self.join(name)
         fs, path = filesystem(target)
         if not is_local(target):
-            fs.pipe_file(path, data)
+            patiently(lambda: fs.pipe_file(path, data))
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)

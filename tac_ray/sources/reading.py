@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tac_ray.artifacts.storage import filesystem
+from tac_ray.artifacts.storage import filesystem, patiently
 from tac_ray.sources.tables import columns_in
 
 READS_IN_FLIGHT = 32
@@ -121,7 +121,7 @@ def _fetch(request: _Request) -> list[Read]:
     error = ""
     for attempt in range(_ATTEMPTS):
         try:
-            found = _get(request)
+            found = patiently(lambda: _get(request))
             error = ""
             break
         except _FINAL as failed:

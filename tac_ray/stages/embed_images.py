@@ -7,6 +7,7 @@ what.
 """
 
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.data import ActorPoolStrategy
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.metrics import Counter
 
 from tac_ray.artifacts.embeddings import KEY_BYTES, EmbeddingStore, Index, image_keys
@@ -323,30 +325,34 @@ def _fill(
     """Embed what the store lacks."""
     workers = filled.workers = Workers.over_cluster(config.n_encoders, n_gpus)
     parts = [{"part": part.name} for part in images.manifest.parts]
-    reports = (
-        ray.data.from_items(parts, override_num_blocks=len(parts))
-        .map_batches(
-            read_lacking,  # type: ignore[arg-type]
-            fn_kwargs={"listing": images.folder, "index": [index]},
-            batch_format="pyarrow",
+    with warnings.catch_warnings():
+        # Ray 2.64 is to take the restarts of an actor in another way; pyproject.toml stays below.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        reports = (
+            ray.data.from_items(parts, override_num_blocks=len(parts))
+            .map_batches(
+                read_lacking,  # type: ignore[arg-type]
+                fn_kwargs={"listing": images.folder, "index": [index]},
+                batch_format="pyarrow",
+            )
+            .repartition(target_num_rows_per_block=BATCH_ROWS)
+            .map_batches(
+                LoadImages(None if spec.decode_on_gpu else encoder.crop, encoder.image_size),  # type: ignore[arg-type]
+                batch_size=BATCH_ROWS,
+                batch_format="pyarrow",
+                num_cpus=DECODE_CPUS,
+            )
+            .map_batches(
+                EncodePixels,  # type: ignore[arg-type]
+                fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
+                batch_size=BATCH_ROWS,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+                compute=_encoders(workers),
+                num_cpus=workers.num_cpus,
+                num_gpus=workers.num_gpus or None,
+            )
         )
-        .repartition(target_num_rows_per_block=BATCH_ROWS)
-        .map_batches(
-            LoadImages(None if spec.decode_on_gpu else encoder.crop, encoder.image_size),  # type: ignore[arg-type]
-            batch_size=BATCH_ROWS,
-            batch_format="pyarrow",
-            num_cpus=DECODE_CPUS,
-        )
-        .map_batches(
-            EncodePixels,  # type: ignore[arg-type]
-            fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
-            batch_size=BATCH_ROWS,
-            ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
-            compute=_encoders(workers),
-            num_cpus=workers.num_cpus,
-            num_gpus=workers.num_gpus or None,
-        )
-    )
     failures = Counter("tac_ray_images_failed_total", "Images that could not be read.")
     for report in reports.iter_rows():
         filled.add(report)

@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
+from tac_ray.artifacts import storage
 from tac_ray.artifacts.run import Run
 from tac_ray.artifacts.schemas import matrix, matrix_column
 from tac_ray.artifacts.storage import (
@@ -219,3 +221,33 @@ def test_a_folder_without_a_run_is_refused_with_the_remedy(tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no run at .*run\.json.*tac-ray run") as error:
             Run.load(str(path))
         assert str(path) in str(error.value)
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+
+    def back_after(outage_s: float) -> str:
+        if clock[0] < outage_s:
+            raise EndpointConnectionError(endpoint_url="http://127.0.0.1:1")
+        return "here"
+
+    assert storage.patiently(lambda: back_after(60)) == "here"
+    assert 60 <= clock[0] < 75
+    clock[0] = 0.0
+    with pytest.raises(EndpointConnectionError):
+        storage.patiently(lambda: back_after(10_000))
+    assert 300 < clock[0] < 315
+
+
+def test_an_answer_of_the_store_is_final():
+    asked = []
+
+    def missing() -> None:
+        asked.append(1)
+        raise FileNotFoundError("no such key")
+
+    with pytest.raises(FileNotFoundError):
+        storage.patiently(missing)
+    assert len(asked) == 1
