@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tac_ray.artifacts.schemas import matrix, matrix_column
-from tac_ray.artifacts.storage import Folder, filesystem, table_bytes
+from tac_ray.artifacts.storage import Folder, filesystem, patiently, table_bytes
 
 KEY_BYTES = 16
 Keys = NDArray[np.bytes_]
@@ -61,9 +61,9 @@ class EmbeddingStore:
     def names(self) -> list[str]:
         """Names of the files, sorted."""
         fs, path = filesystem(self.folder.path)
-        if not fs.exists(path):
+        if not patiently(lambda: fs.exists(path)):
             return []
-        found: list[Any] = fs.ls(path, detail=False)
+        found: list[Any] = patiently(lambda: fs.ls(path, detail=False))
         return sorted(n for n in (str(f).rsplit("/", 1)[-1] for f in found) if n[0] != ".")
 
     def append(self, keys: Keys, embedding: NDArray[np.float16]) -> str:
@@ -79,8 +79,12 @@ class EmbeddingStore:
     def keys_in(self, name: str) -> Keys:
         """Keys of one file, (n,)."""
         fs, path = filesystem(self.folder.join(name))
-        with fs.open(path, "rb") as file:
-            column = pq.read_table(file, columns=["key"])["key"]
+
+        def read() -> pa.ChunkedArray:
+            with fs.open(path, "rb") as file:
+                return pq.read_table(file, columns=["key"])["key"]
+
+        column = patiently(read)
         return np.frombuffer(b"".join(column.to_pylist()), dtype=f"S{KEY_BYTES}")
 
     def read(self, places: "Places") -> NDArray[np.float16]:

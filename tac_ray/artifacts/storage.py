@@ -35,7 +35,7 @@ S3_CLIENT: dict[str, Any] = {
 OUTAGE_S = 300
 """How long a store may be out of reach before a run gives up."""
 _LONGEST_PAUSE_S = 10
-_UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectionError, TimeoutError)
+UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectionError, TimeoutError)
 """Errors of the way to a store, which say nothing of what was asked for."""
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def patiently(call: Callable[[], T]) -> T:
     while True:
         try:
             return call()
-        except _UNREACHABLE as error:
+        except UNREACHABLE as error:
             n_failed += 1
             passed = time.monotonic() - begun
             if passed > OUTAGE_S:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tac_ray.artifacts.storage import filesystem, patiently
+from tac_ray.artifacts.storage import UNREACHABLE, filesystem, patiently
 from tac_ray.sources.tables import columns_in
 
 READS_IN_FLIGHT = 32
@@ -24,7 +24,13 @@ _UNKNOWN_BYTES = 256 << 10
 _TAR_REQUEST_BYTES = 8 << 20
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 0.2
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    *UNREACHABLE,  # after minutes of attempts
+)
 """Errors that another attempt cannot mend."""
 
 WHERE = ("uri", "member", "offset", "size", "etag")
