@@ -37,7 +37,7 @@ class Workers(NamedTuple):
             n_threads = max(1, int(min(beside, default=1)))
             return cls(n, n_threads, 0.5 if n_threads > 1 else 0, 1)
         n_threads = max(1, int(min(cpus) * len(cpus) / n))
-        reserved = n_threads / 2 if min(cpus) > 1 else 0
+        reserved = min(n_threads, sum(cpus) / n) / 2 if min(cpus) > 1 else 0
         return cls(n, n_threads, reserved if reserved <= 1 else float(int(reserved)), 0)
 
 

@@ -36,6 +36,8 @@ def test_two_cores_leave_one_to_the_tasks(nodes: list[dict[str, Any]]):
     nodes += [{"CPU": 2}]
     assert Workers.over_cluster() == Workers(n=1, n_threads=2, num_cpus=1, num_gpus=0)
     assert Workers.over_cluster(2) == Workers(n=2, n_threads=1, num_cpus=0.5, num_gpus=0)
+    # However many, they find room.
+    assert Workers.over_cluster(5) == Workers(n=5, n_threads=1, num_cpus=0.2, num_gpus=0)
 
 
 def test_a_single_core_is_left_whole(nodes: list[dict[str, Any]]):
