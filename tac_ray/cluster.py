@@ -29,13 +29,16 @@ class Workers(NamedTuple):
             n_gpus: GPUs that the cluster may grow to; default those it has.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
+        cpus = [node["CPU"] for node in nodes if node.get("CPU")]
         there = n_gpus or int(sum(node.get("GPU", 0) for node in nodes))
-        n = n or there or len(cpus)
+        n = n or there or len(cpus) or 1
         if n <= there:
             beside = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")]
             n_threads = max(1, int(min(beside, default=1)))
             return cls(n, n_threads, 0.5 if n_threads > 1 else 0, 1)
+        if not cpus:
+            # A head without cores: only what reserves one makes the cluster grow.
+            return cls(n, 1, 1, 0)
         n_threads = max(1, int(min(cpus) * len(cpus) / n))
         reserved = min(n_threads, sum(cpus) / n) / 2 if min(cpus) > 1 else 0
         return cls(n, n_threads, reserved if reserved <= 1 else float(int(reserved)), 0)

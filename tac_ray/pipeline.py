@@ -502,8 +502,10 @@ def _check_shared(config: TacConfig, store: str) -> None:
             # What other nodes see may be a folder of the same name on a disk of their own.
             mark = f".{uuid.uuid4().hex}"
             Folder(path).write(mark, b"")
-            blind = nodes_without(Folder(path).join(mark))
-            Folder(path).remove(mark)
+            try:
+                blind = nodes_without(Folder(path).join(mark))
+            finally:
+                Folder(path).remove(mark)
         else:
             blind = nodes_without(path)
         if blind:

@@ -58,6 +58,11 @@ def test_gpus_that_are_yet_to_come_are_counted(nodes: list[dict[str, Any]]):
     assert Cluster.connected().memory_gb == 4
 
 
+def test_a_head_without_cores_is_not_computed_on(nodes: list[dict[str, Any]]):
+    nodes += [{"memory": 4e9}]
+    assert Workers.over_cluster() == Workers(n=1, n_threads=1, num_cpus=1, num_gpus=0)
+
+
 def test_workers_beyond_the_gpus_compute_on_cores(nodes: list[dict[str, Any]]):
     nodes += [{"CPU": 8, "GPU": 1}]
     assert Workers.over_cluster(2) == Workers(n=2, n_threads=4, num_cpus=2, num_gpus=0)

@@ -18,7 +18,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import EndpointConnectionError, HTTPClientError
+from botocore.exceptions import ConnectionError as StoreConnectionError
+from botocore.exceptions import HTTPClientError
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
@@ -35,7 +36,7 @@ S3_CLIENT: dict[str, Any] = {
 OUTAGE_S = 300
 """How long a store may be out of reach before a run gives up."""
 _LONGEST_PAUSE_S = 10
-UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectionError, TimeoutError)
+UNREACHABLE = (HTTPClientError, StoreConnectionError, ConnectionError, TimeoutError)
 """Errors of the way to a store, which say nothing of what was asked for."""
 
 T = TypeVar("T")

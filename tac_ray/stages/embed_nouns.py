@@ -23,6 +23,8 @@ from tac_ray.encoders.prompts import PROMPT_TEMPLATES
 BLOCK_NOUNS = 1024
 """Distinct nouns an actor takes at a time; the prompts of a template are sorted together."""
 PART_NOUNS = 32_768
+RESTARTS = 5
+"""Times that an encoder whose node is lost is started again."""
 
 
 def embed_nouns(
@@ -106,7 +108,10 @@ def _embed(
     """Embeddings of distinct nouns, a block at a time, in order."""
     workers = Workers.over_cluster(n_gpus=n_gpus)
     actor: Any = ray.remote(TextEncoder).options(
-        num_cpus=workers.num_cpus, num_gpus=workers.num_gpus
+        num_cpus=workers.num_cpus,
+        num_gpus=workers.num_gpus,
+        max_restarts=RESTARTS,
+        max_task_retries=RESTARTS,
     )
     actors = [
         actor.remote(spec, config.text_batch_size, workers.n_threads) for _ in range(workers.n)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError
 
 from tac_ray.artifacts import storage
 from tac_ray.artifacts.run import Run
@@ -239,6 +239,11 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(monkeypatch: pytest.Monk
     with pytest.raises(EndpointConnectionError):
         storage.patiently(lambda: back_after(10_000))
     assert 300 < clock[0] < 315
+
+
+@pytest.mark.parametrize("error", [ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError])
+def test_no_answer_is_an_outage_whatever_its_form(error: type[Exception]):
+    assert issubclass(error, storage.UNREACHABLE)
 
 
 def test_an_answer_of_the_store_is_final():
