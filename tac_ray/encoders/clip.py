@@ -14,6 +14,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torchvision import transforms
@@ -68,6 +69,11 @@ class Encoder:
         size = preprocess["size"]
         self.image_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         """Height and width of the pixels it takes."""
+
+    @property
+    def has_plain_tokenizer(self) -> bool:
+        """Whether texts are cut by open_clip's own tokenizer, which needs no files."""
+        return isinstance(self._tokenize, SimpleTokenizer)
 
     def configuration(self) -> dict[str, Any]:
         """What open_clip has to know of the model besides its weights."""

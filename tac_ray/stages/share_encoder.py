@@ -31,7 +31,7 @@ class SharedEncoder(EncoderSpec):
             return EncoderSpec(**here).load(device)
 
 
-def share_encoder(store: Store, spec: EncoderSpec, encoder: Encoder) -> SharedEncoder:
+def share_encoder(store: Store, spec: EncoderSpec, encoder: Encoder) -> EncoderSpec:
     """Write an encoder to the store, as a folder that open_clip reads.
 
     Args:
@@ -40,10 +40,13 @@ def share_encoder(store: Store, spec: EncoderSpec, encoder: Encoder) -> SharedEn
         encoder: the same, loaded.
 
     Returns:
-        What workers load instead, with the same bits.
+        What workers load instead, with the same bits. One with a tokenizer of Hugging Face, whose
+        files would have to come along, stays as it is: workers load it from where it is.
 
     Cost: the weights once over the network, and once to each worker.
     """
+    if not encoder.has_plain_tokenizer:
+        return spec
 
     def write(writer: ArtifactWriter) -> None:
         writer.add_file(CONFIG_FILE, json.dumps(encoder.configuration()).encode())
