@@ -223,6 +223,7 @@ def test_the_cluster_grows_loses_nodes_and_shrinks(
     assert job.process.wait(300) == 0, job.log.read_text()
     expected = table(bucket, "undisturbed", tmp_path)
     assert len(expected["uri"]) == 1500
+    assert not job.told("was lost")
 
     job = submit(cluster, tiny_encoder_dir, tmp_path, "disturbed")
     job.wait_for(lambda: len(stored(bucket, "disturbed/artifacts/embeddings/")) > 1)
@@ -233,6 +234,7 @@ def test_the_cluster_grows_loses_nodes_and_shrinks(
     cluster.kill_node_of("RayTrainWorker")
     assert job.process.wait(400) == 0, job.log.read_text()
     assert table(bucket, "disturbed", tmp_path) == expected
+    assert job.log.read_text().count("was lost") == 2
 
     deadline = time.monotonic() + 120
     while cluster.nodes():
