@@ -19,7 +19,7 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import Progress, Store, result_options
-from tac_ray.cluster import Cluster, nodes_without
+from tac_ray.cluster import Cluster, lost_nodes, nodes_without
 from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
@@ -287,8 +287,13 @@ class _Steps:
         self._refuse_other_run()
         self._artifacts: dict[str, Artifact] = {}
         self._seconds: dict[str, float] = {}
+        self._lost: dict[str, str] | None = None
 
     def add(self, step: str, artifact: Artifact) -> Artifact:
+        lost, before = lost_nodes(), self._lost
+        for node in () if before is None else lost.keys() - before.keys():
+            self.progress.say(f"{step}: node {lost[node]} was lost; what it held was made again")
+        self._lost = lost
         self._artifacts[step] = artifact
         self._seconds[step] = 0.0 if artifact.reused else artifact.manifest.seconds
         self._run({}, finished=False).write()

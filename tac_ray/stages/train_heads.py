@@ -233,7 +233,8 @@ def _fit(
 ) -> dict[str, Any]:
     """Train, telling of epochs as they end, and give the last checkpoint's state."""
     board = SummaryWriter(tensorboard) if tensorboard else None
-    loss = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
+    gauge = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
+    loss: float | None = None
     with ThreadPoolExecutor(1) as background:
         training = background.submit(trainer.fit)
         running = True
@@ -245,12 +246,15 @@ def _fit(
                         f"loss is not finite in epoch {line['epoch']}: {line}; lower "
                         "--learning-rate"
                     )
-                loss.set(line["loss"])
+                loss = line["loss"]
                 note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
                 writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
                 if board:
                     for name, value in line.items():
                         board.add_scalar(f"heads/{name}", value, line["epoch"])
+            if loss is not None:
+                # Also between epochs: Ray forgets a gauge that has not been set for 20 s.
+                gauge.set(loss)
             if running:
                 time.sleep(0.2)
         checkpoint = training.result().checkpoint
