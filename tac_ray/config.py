@@ -295,7 +295,7 @@ class FitHeadConfig:
     """The head that is fitted to the clusters of a graph."""
 
     head_epochs: int = 5
-    """Passes over the rows of the graph."""
+    """Passes over the rows of the graph; more where they are few."""
     head_batch_size: int = 256
     """Rows a step, at most all."""
 

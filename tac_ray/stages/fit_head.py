@@ -17,6 +17,9 @@ from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import FitHeadConfig
 from tac_ray.stages.alone import run_alone
 
+FEWEST_STEPS = 150
+"""Steps that a fit has at least, by more epochs: the running statistics of the batch norm, which
+the head tells clusters by, lag some tens of steps behind."""
 LEARNING_RATE = 1e-3
 BETAS = (0.9, 0.99)
 """Adam's, as of the heads that are trained against each other."""
@@ -49,11 +52,14 @@ def fit_head(
 
     Cost: 6 n d (d + K) operations an epoch, on one worker that holds 4 n d bytes.
     """
+    batch_size = min(config.head_batch_size, images.n_rows)
+    epochs = max(config.head_epochs, -(-FEWEST_STEPS // (images.n_rows // batch_size)))
 
     def write(writer: ArtifactWriter) -> None:
-        writer.start(config.head_epochs, "epochs")
-        found = run_alone(_fit, config, images, clusters, n_clusters, seed, gpu=True, n_gpus=n_gpus)
-        writer.progress.advance(config.head_epochs)
+        writer.start(epochs, "epochs")
+        told = images, clusters, n_clusters, epochs, batch_size, seed
+        found = run_alone(_fit, *told, gpu=True, n_gpus=n_gpus)
+        writer.progress.advance(epochs)
         writer.add_file("head.safetensors", save_tensors(found.head))
         about = {"width": found.head["0.weight"].shape[1], "n_clusters": n_clusters}
         writer.add_file("head.json", json.dumps(about).encode())
@@ -66,8 +72,8 @@ def fit_head(
         "fit_head",
         version=1,
         options={
-            "head_epochs": config.head_epochs,
-            "head_batch_size": config.head_batch_size,
+            "epochs": epochs,
+            "batch_size": batch_size,
             "n_clusters": n_clusters,
             "seed": seed,
         },
@@ -91,7 +97,7 @@ class _Fitted(NamedTuple):
 
 
 def _fit(
-    config: FitHeadConfig, images: Artifact, clusters: Artifact, n_clusters: int, seed: int
+    images: Artifact, clusters: Artifact, n_clusters: int, epochs: int, batch_size: int, seed: int
 ) -> _Fitted:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedding = torch.tensor(matrix(images.column("embedding"))).to(device).float()
@@ -100,9 +106,8 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     head = ClusterHead(width, n_clusters, generator=generator).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, betas=BETAS, fused=True)
-    batch_size = min(config.head_batch_size, n)
     metrics = []
-    for epoch in range(config.head_epochs):
+    for epoch in range(epochs):
         loss, agreed = torch.zeros((), device=device), torch.zeros((), device=device)
         steps = epoch_rows(n, batch_size=batch_size, seed=seed, epoch=epoch).to(device)
         for rows in steps:
