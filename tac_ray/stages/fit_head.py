@@ -14,6 +14,7 @@ from tac_ray.algorithm.sampling import epoch_rows
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
+from tac_ray.cluster import Cluster
 from tac_ray.config import FitHeadConfig
 from tac_ray.stages.alone import run_alone
 
@@ -58,7 +59,8 @@ def fit_head(
     def write(writer: ArtifactWriter) -> None:
         writer.start(epochs, "epochs")
         told = images, clusters, n_clusters, epochs, batch_size, seed
-        found = run_alone(_fit, *told, gpu=True, n_gpus=n_gpus)
+        num_gpus = 1 if Cluster.connected(n_gpus).n_gpus else 0
+        found = run_alone(_fit, *told, num_gpus=num_gpus)
         writer.progress.advance(epochs)
         writer.add_file("head.safetensors", save_tensors(found.head))
         about = {"width": found.head["0.weight"].shape[1], "n_clusters": n_clusters}
