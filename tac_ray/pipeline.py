@@ -295,7 +295,8 @@ class _Steps:
             self.progress.say(f"{step}: node {lost[node]} was lost; what it held was made again")
         self._lost = lost
         self._artifacts[step] = artifact
-        self._seconds[step] = 0.0 if artifact.reused else artifact.manifest.seconds
+        # Two methods may ask for one step; the second finds it done.
+        self._seconds.setdefault(step, 0.0 if artifact.reused else artifact.manifest.seconds)
         self._run({}, finished=False).write()
         return artifact
 
