@@ -11,7 +11,7 @@ from torch import Tensor
 
 Precision = Literal["float16", "float32"]
 
-GRADIENT_TEMPERATURE = 0.05
+GRADIENT_TEMPERATURE = 0.02
 """Of the softmax behind `gradient_scores`. Similarities of nouns and images differ by some
 hundredths: at 1, as in Eq. 4, that softmax is nearly uniform and its gradient says little."""
 

@@ -1,4 +1,4 @@
-"""Labels that are easy for linear classifiers, in several spaces at once (TURTLE)."""
+"""Clusters that linear maps can tell apart in several spaces at once (TURTLE)."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 
-class LinearLabeler(nn.Module):
+class LinearHead(nn.Module):
     """Softmax of a linear map of one space's embeddings.
 
     The map has weights of learned length and direction apart (weight norm), as in the published
@@ -35,7 +35,7 @@ class LinearLabeler(nn.Module):
         return torch.softmax(self.linear(self.standardize(embedding)), dim=1)
 
 
-def fit_labelers(
+def fit_linear_heads(
     spaces: Sequence[Tensor],
     n_clusters: int,
     *,
@@ -46,14 +46,14 @@ def fit_labelers(
     learning_rate: float = 1e-2,
     learner_learning_rate: float = 1e-3,
     balance_weight: float = 10.0,
-) -> list[LinearLabeler]:
-    """A labeler for each space, such that their labels separate linearly in all of them.
+) -> list[LinearHead]:
+    """A head for each space, such that the clusters they agree on separate linearly in all of them.
 
-    An image's labels are the mean of the labelers' cluster_probs. In each step fresh linear
-    classifiers, one a space, are fitted to the labels of a batch by a few steps of Adam; then the
-    labelers move so that the classifiers' cross-entropy falls, while the entropy of each space's
-    mean cluster_probs, times `balance_weight`, keeps clusters from emptying. The dependence of the
-    classifiers on the labels is left out of the gradient (first order, as published).
+    What they agree on is the mean of their cluster_probs. In each step fresh linear learners, one a
+    space, are fitted to it on a batch by a few steps of Adam; then the heads move so that the
+    learners' cross-entropy falls, while the entropy of each space's mean cluster_probs, times
+    `balance_weight`, keeps clusters from emptying. That the learners depend on the heads is left
+    out of the gradient (first order, as published).
 
     Source: TURTLE (Gadetsky, Jiang and Brbic, Let Go of Your Labels with Unsupervised Transfer,
     ICML 2024, arXiv 2406.07236), with its published code as the reading of it. Its 6,000 steps of
@@ -64,85 +64,80 @@ def fit_labelers(
         spaces: unit-norm embeddings of the same N images, each (N, d).
         n_clusters: K.
         seed: of the first weights and the batches.
-        steps: of the labelers.
+        steps: of the heads.
         batch_size: rows a step, at most N.
-        learner_steps: steps of the classifiers in each of those.
-        learning_rate: of the labelers' Adam.
-        learner_learning_rate: of the classifiers' Adam.
+        learner_steps: of the learners in each of those.
+        learning_rate: of the heads' Adam.
+        learner_learning_rate: of the learners' Adam.
         balance_weight: gamma of the paper.
 
     Returns:
-        A labeler for each space, in their order; `mean_probs` asks them all.
+        A head for each space, in their order; `mean_probs` asks them all.
 
     Cost: 6 d K (learner_steps + 1) operations a row, space and step. Memory: 4 batch_size (d + 3 K)
     and 36 d K bytes a space.
     """
     generator = torch.Generator().manual_seed(seed)
-    labelers = [
-        LinearLabeler(space.float().mean(dim=0), n_clusters, generator=generator)
-        for space in spaces
+    heads = [
+        LinearHead(space.float().mean(dim=0), n_clusters, generator=generator) for space in spaces
     ]
-    optimizer = _adam(labelers, learning_rate)
+    optimizer = _adam(heads, learning_rate)
     n_rows = len(spaces[0])
     for _ in range(steps):
         rows = torch.randperm(n_rows, generator=generator)[:batch_size]
-        batch = [
-            labeler.standardize(space[rows])
-            for labeler, space in zip(labelers, spaces, strict=True)
-        ]
+        batch = [head.standardize(space[rows]) for head, space in zip(heads, spaces, strict=True)]
         probs = [
-            torch.softmax(labeler.linear(embedding), dim=1)
-            for labeler, embedding in zip(labelers, batch, strict=True)
+            torch.softmax(head.linear(embedding), dim=1)
+            for head, embedding in zip(heads, batch, strict=True)
         ]
-        labels = torch.stack(probs).mean(dim=0).detach()
+        agreed = torch.stack(probs).mean(dim=0).detach()
         learners = [_linear(embedding.shape[1], n_clusters, generator) for embedding in batch]
-        _fit_learners(learners, batch, labels, learner_steps, learner_learning_rate)
+        _fit_learners(learners, batch, agreed, learner_steps, learner_learning_rate)
         with torch.no_grad():
-            logits = [
+            scores = [
                 learner(embedding) for learner, embedding in zip(learners, batch, strict=True)
             ]
         optimizer.zero_grad()
-        labeler_loss(probs, logits, balance_weight).backward()
+        turtle_loss(probs, scores, balance_weight).backward()
         optimizer.step()
-    return labelers
+    return heads
 
 
-def labeler_loss(
-    probs: Sequence[Tensor], logits: Sequence[Tensor], balance_weight: float
-) -> Tensor:
-    """How badly fitted classifiers find the labels, less the entropy of the clusters' sizes.
+def turtle_loss(probs: Sequence[Tensor], scores: Sequence[Tensor], balance_weight: float) -> Tensor:
+    """How badly fitted learners find the clusters, less the entropy of the clusters' sizes.
 
     Args:
-        probs: cluster_probs of a batch in each space, each (n, K); the labels are their mean.
-        logits: of the classifier that was fitted in each space, each (n, K), without a gradient.
+        probs: cluster_probs of a batch in each space, each (n, K); they agree on their mean.
+        scores: of the learner that was fitted in each space, each (n, K), before the softmax and
+            without a gradient.
         balance_weight: of the entropy of each space's mean cluster_probs, natural logarithm.
     """
-    labels = torch.stack(list(probs)).mean(dim=0)
-    error = torch.stack([functional.cross_entropy(found, labels) for found in logits]).sum()
+    agreed = torch.stack(list(probs)).mean(dim=0)
+    error = torch.stack([functional.cross_entropy(found, agreed) for found in scores]).sum()
     entropy = torch.special.entr(torch.stack([p.mean(dim=0) for p in probs])).sum()
     return error - balance_weight * entropy
 
 
-def mean_probs(labelers: Sequence[LinearLabeler], embeddings: Sequence[Tensor]) -> Tensor:
+def mean_probs(heads: Sequence[LinearHead], embeddings: Sequence[Tensor]) -> Tensor:
     """cluster_probs of images, the mean over spaces, (n, K).
 
     Args:
-        labelers: of `fit_labelers`.
+        heads: of `fit_linear_heads`.
         embeddings: of n images in each space, in the same order, each (n, d).
     """
-    found = [labeler(rows) for labeler, rows in zip(labelers, embeddings, strict=True)]
+    found = [head(rows) for head, rows in zip(heads, embeddings, strict=True)]
     return torch.stack(found).mean(dim=0)
 
 
 def _fit_learners(
-    learners: list[nn.Linear], batch: list[Tensor], labels: Tensor, steps: int, rate: float
+    learners: list[nn.Linear], batch: list[Tensor], agreed: Tensor, steps: int, rate: float
 ) -> None:
-    """Move the classifiers towards labels (n, K), each in its own space."""
+    """Move the learners towards cluster_probs (n, K), each in its own space."""
     optimizer = _adam(learners, rate)
     for _ in range(steps):
         optimizer.zero_grad()
         for learner, embedding in zip(learners, batch, strict=True):
-            functional.cross_entropy(learner(embedding), labels).backward()
+            functional.cross_entropy(learner(embedding), agreed).backward()
         optimizer.step()
 
 
