@@ -216,6 +216,10 @@ class TrainHeadsConfig:
     no step)."""
     balance_weight: float = 5.0
     """alpha."""
+    distillation_weight: float = 1.0
+    """Of L_Dis; 0 leaves it out."""
+    confidence_weight: float = 1.0
+    """Of L_Con; 0 leaves it out."""
     learning_rate: float = 1e-3
     """Of Adam, without schedule."""
     beta1: float = 0.9
@@ -250,6 +254,8 @@ class TrainHeadsConfig:
             min_workers=1,
             checkpoint_every=1,
             balance_weight=0,
+            distillation_weight=0,
+            confidence_weight=0,
             stable_below=0,
         )
 
