@@ -71,12 +71,12 @@ def main_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
     """Tables II and III: baselines, TAC, TAC that is told the class names, and `best`."""
     config = _published_k(case, reference)
     rows = [
-        _row(case, config, method, paper=_numbers(case, paper.METHODS[method]))
+        _row(case, config, method, numbers=_numbers(case, paper.METHODS[method]))
         for method in get_args(RowMethod)
         if method != "zero-shot" or case.dataset.class_names
     ]
     if case.dataset.class_names:
-        named = _row(case, config, "tac", paper=_numbers(case, paper.CLASS_NAMES))
+        named = _row(case, config, "tac", numbers=_numbers(case, paper.CLASS_NAMES))
         title = f"{TITLES['tac']} with class names as nouns"
         rows.append(dataclasses.replace(named, title=title, by_class_names=True))
     return [*rows, dataclasses.replace(_row(case, best, "tac"), title="best")]
@@ -89,7 +89,7 @@ def centroid_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row
         for way in CENTROID_METHODS:
             config = _with(_published_k(case, reference), "select_nouns", centroid_method=way)
             numbers = _numbers(case, paper.CENTROIDS[method][way])
-            row = _row(case, config, method, paper=numbers)
+            row = _row(case, config, method, numbers=numbers)
             rows.append(dataclasses.replace(row, title=f"{row.title}, {way}"))
     return rows
 
@@ -106,7 +106,7 @@ def loss_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
             balance_weight=reference.train_heads.balance_weight if balance else 0.0,
         )
         there = {"L_Dis": distillation, "L_Con": confidence, "L_Bal": balance}
-        row = _row(case, config, "tac", paper=_numbers(case, numbers))
+        row = _row(case, config, "tac", numbers=_numbers(case, numbers))
         title = " + ".join(name for name, used in there.items() if used)
         rows.append(dataclasses.replace(row, title=title))
     return rows
@@ -120,7 +120,7 @@ def encoder_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]
             continue
         known = paper.ENCODERS[method].get(paper.backbone(case.encoder) or "", {})
         numbers = known.get(case.dataset.name)
-        rows.append(_row(case, _published_k(case, reference), method, paper=numbers))
+        rows.append(_row(case, _published_k(case, reference), method, numbers=numbers))
     return rows
 
 
@@ -154,13 +154,15 @@ def n_clusters_rows(n_clusters: Sequence[int]) -> Rows:
     return rows
 
 
-def _row(case: Case, config: TacConfig, method: str, *, paper: Numbers | None = None) -> Row:
+def _row(
+    case: Case, config: TacConfig, method: RowMethod, *, numbers: Numbers | None = None
+) -> Row:
     return Row(
         title=TITLES[method],
-        method=method,  # type: ignore[arg-type]
+        method=method,
         config=config,
         n_clusters=case.dataset.n_clusters,
-        paper=paper,
+        paper=numbers,
     )
 
 
