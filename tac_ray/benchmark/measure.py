@@ -100,7 +100,8 @@ def measure(
         seeds: of k-means and heads; what depends on none is measured once.
 
     Raises:
-        ValueError: a case has fewer images than a row has clusters.
+        ValueError: a case has fewer images than a row has clusters, or other labels in test than
+            in train.
 
     Cost: that of the stages, each once for what it depends on.
     """
@@ -138,6 +139,12 @@ def _see(store: Store, case: Case, config: TacConfig) -> _Seen:
     for split, place in places.items():
         listing = list_images(store, place, labels=data.labels)
         splits[split] = (listing, embed(store, config, spec, encoder, listing))
+    labels = [listing.facts["labels"] for listing, _ in splits.values()]
+    if labels[0] != labels[-1]:
+        raise ValueError(
+            f"{case.title} has {len(labels[0])} labels in train and {len(labels[-1])} in test, "
+            "which should be the same; complete the one that lacks some"
+        )
     return _Seen(spec=spec, encoder=encoder, splits=splits)
 
 

@@ -68,7 +68,11 @@ Rows = Callable[[Case, TacConfig, TacConfig], list[Row]]
 
 
 def main_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
-    """Tables II and III: baselines, TAC, TAC that is told the class names, and `best`."""
+    """Tables II and III: baselines, TAC, TAC that is told the class names, and `best`.
+
+    The heads of SCAN and SIC train as long as TAC's, by the same optimizer on the same neighbors.
+    `best` sees the embeddings of the other rows.
+    """
     config = _published_k(case, reference)
     rows = [
         _row(case, config, method, numbers=_numbers(case, paper.METHODS[method]))
