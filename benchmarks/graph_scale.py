@@ -111,8 +111,8 @@ def main(
             config.cut_graph,
             *sampled,
             *neighbors,
+            selected,
             n_clusters=clusters,
-            n_nouns=selected.n_rows,
         )
         note("cut_graph", cut)
         head = fit_head(store, config.fit_head, sampled[0], cut, n_clusters=clusters, seed=0)

@@ -226,6 +226,10 @@ class TrainHeadsConfig:
     no step)."""
     balance_weight: float = 5.0
     """alpha."""
+    distillation_weight: float = 1.0
+    """Of L_Dis; 0 leaves it out."""
+    confidence_weight: float = 1.0
+    """Of L_Con; 0 leaves it out."""
     learning_rate: float = 1e-3
     """Of Adam, without schedule."""
     beta1: float = 0.9
@@ -260,6 +264,8 @@ class TrainHeadsConfig:
             min_workers=1,
             checkpoint_every=1,
             balance_weight=0,
+            distillation_weight=0,
+            confidence_weight=0,
             stable_below=0,
         )
 
@@ -280,6 +286,9 @@ class CutGraphConfig:
 
     n_edges: int = 40
     """Neighbors of each kind that an image is joined with, of those that were found."""
+    edge_weight: Literal["similarity", "overlap"] = "similarity"
+    """What an edge weighs. similarity: how alike its ends look; overlap: that times how far they
+    mean the same nouns (after NTK-SC)."""
     text_edges: Literal["gated", "all", "none"] = "gated"
     """Edges to neighbors of the text counterpart. gated: weakened to the share of images that words
     say something about; all: as strong as those of images; none: images alone."""

@@ -41,7 +41,7 @@ from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
 from tac_ray.stages.parts import map_parts
-from tac_ray.stages.sample_rows import sample_rows
+from tac_ray.stages.sample_rows import graph_rows
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.share_encoder import share_encoder
 from tac_ray.stages.train_heads import check_batch, train_heads
@@ -72,7 +72,7 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
     Raises:
         ValueError, FileNotFoundError, FileExistsError: bad input, before any long work.
     """
-    config = _absolute_paths(config)
+    config = absolute_paths(config)
     steps = _Steps(config, progress or ConsoleProgress())
     store = steps.store
 
@@ -81,12 +81,12 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
             check_place(place)
     noun_list = load_nouns(config.embed_nouns.nouns, config.embed_nouns.noun_form)
     earlier = _run_to_match(config)
-    with _ray_session(config.verbose):
+    with ray_session(config.verbose):
         listing = list_images(store, config.images, labels=config.labels)
         _check_sizes(config, listing.n_rows)
         if config.val_images:
             list_images(store, config.val_images, labels=config.labels)
-        spec = _encoder_spec(config)
+        spec = encoder_spec(config)
         encoder = spec.load()
         plan = make_plan(
             config,
@@ -97,11 +97,11 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
         )
         plan.check()
         steps.progress.say(plan.line())
-        spec = _for_all_nodes(steps, spec, encoder)
+        spec = for_all_nodes(store, config, spec, encoder)
 
         # The run begins to exist here, so that one refused above can be put right and repeated.
         steps.add("list_images", listing)
-        images = steps.add("embed_images", _embed(store, config, spec, encoder, listing))
+        images = steps.add("embed_images", embed(store, config, spec, encoder, listing))
         _check_sizes(config, images.n_rows)
         nouns = steps.add(
             "embed_nouns",
@@ -143,8 +143,8 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 store,
                 config.cut_graph,
                 *joined["graph"],
+                selected,
                 n_clusters=config.n_clusters,
-                n_nouns=selected.n_rows,
             )
             steps.add("cut_graph", clusters)
             head = fit_head(
@@ -215,10 +215,10 @@ def assign(
         match_run=None,
         verbose=verbose,
     )
-    config = _absolute_paths(config)
+    config = absolute_paths(config)
     steps = _Steps(config, progress or ConsoleProgress(), model_run=earlier.out)
-    with _ray_session(verbose):
-        spec = _encoder_spec(config)
+    with ray_session(verbose):
+        spec = encoder_spec(config)
         heads = {"tac": "train_heads", "graph": "fit_head"}
         step = heads.get(config.answer, f"find_centroids:{config.answer}")
         matched = "match_clusters" in earlier.artifacts
@@ -229,7 +229,7 @@ def assign(
         )
         named = earlier.artifact(f"assign_clusters:{config.answer}")
         encoder = spec.load()
-        spec = _for_all_nodes(steps, spec, encoder)
+        spec = for_all_nodes(steps.store, config, spec, encoder)
         fitted = Fitted(spec, encoder, earlier.artifact("select_nouns"), {config.answer: model})
         split = _assign_split(steps, fitted, config.images, {config.answer: named})
         _publish(split[1][config.answer], config.out, "")
@@ -401,23 +401,16 @@ def _rows_to_join(
     steps: _Steps, images: Artifact, counterparts: Artifact
 ) -> dict[Method, tuple[Artifact, Artifact]]:
     """Images and counterparts whose neighbors a method needs: all, or a sample for a graph."""
-    methods, n_rows = steps.config.methods, steps.config.cut_graph.max_graph_rows
+    config = steps.config
     rows: dict[Method, tuple[Artifact, Artifact]] = {}
-    if "tac" in methods:
+    if "tac" in config.methods:
         rows["tac"] = images, counterparts
-    if "graph" in methods and images.n_rows <= n_rows:
-        rows["graph"] = images, counterparts
-    elif "graph" in methods:
-        sampled = [
-            steps.add(
-                f"sample_rows:{kind}",
-                sample_rows(
-                    steps.store, embeddings, n_rows=n_rows, seed=steps.config.seed, title=kind
-                ),
-            )
-            for kind, embeddings in (("image", images), ("text", counterparts))
-        ]
-        rows["graph"] = sampled[0], sampled[1]
+    if "graph" in config.methods:
+        most = config.cut_graph.max_graph_rows
+        rows["graph"] = graph_rows(steps.store, images, counterparts, most=most, seed=config.seed)
+        for kind, sample in zip(("image", "text"), rows["graph"], strict=True):
+            if sample.manifest.stage == "sample_rows":
+                steps.add(f"sample_rows:{kind}", sample)
     return rows
 
 
@@ -463,7 +456,7 @@ def _assign_split(
     config, store = steps.config, steps.store
     listing = list_images(store, images_path, labels=config.labels)
     steps.add(f"{prefix}list_images", listing)
-    images = _embed(store, config, fitted.spec, fitted.encoder, listing)
+    images = embed(store, config, fitted.spec, fitted.encoder, listing)
     steps.add(f"{prefix}embed_images", images)
     selected = fitted.selected
     counterparts = build_counterparts(store, config.build_counterparts, images, selected)
@@ -485,7 +478,7 @@ def _assign_split(
     return listing, assignments
 
 
-def _embed(
+def embed(
     store: Store, config: TacConfig, spec: EncoderSpec, encoder: Encoder, listing: Artifact
 ) -> Artifact:
     """The embeddings of a listing: computed, or taken from where the listing found them."""
@@ -519,7 +512,12 @@ def _check_sizes(config: TacConfig, n_images: int) -> None:
         check_batch(config.train_heads.resolve(config.n_clusters), n_images)
 
 
-def _encoder_spec(config: TacConfig) -> EncoderSpec:
+def encoder_spec(config: TacConfig) -> EncoderSpec:
+    """What the workers of a run load, as far as the cluster decides it.
+
+    Raises:
+        ValueError: decoding on the GPU was asked for and there is none.
+    """
     on_gpu = Cluster.connected(config.n_gpus).n_gpus > 0
     options = config.encoder
     if options.decode_on_gpu and not on_gpu:
@@ -536,15 +534,16 @@ def _encoder_spec(config: TacConfig) -> EncoderSpec:
     )
 
 
-def _for_all_nodes(steps: _Steps, spec: EncoderSpec, encoder: Encoder) -> EncoderSpec:
+def for_all_nodes(
+    store: Store, config: TacConfig, spec: EncoderSpec, encoder: Encoder
+) -> EncoderSpec:
     """What the workers load, wherever they run.
 
     Raises:
         ValueError: a path of the run is on the disk of one machine among several.
     """
-    store = steps.store
-    _check_shared(steps.config, store.path)
-    if is_local(store.path) and Cluster.connected(steps.config.n_gpus).n_nodes == 1:
+    _check_shared(config, store.path)
+    if is_local(store.path) and Cluster.connected(config.n_gpus).n_nodes == 1:
         return spec
     return share_encoder(store, spec, encoder)
 
@@ -579,7 +578,7 @@ def _check_shared(config: TacConfig, store: str) -> None:
             )
 
 
-def _absolute_paths(config: TacConfig) -> TacConfig:
+def absolute_paths(config: TacConfig) -> TacConfig:
     """Paths that mean the same on every machine and in every folder.
 
     Raises:
@@ -603,7 +602,7 @@ def _absolute_paths(config: TacConfig) -> TacConfig:
 
 
 @contextmanager
-def _ray_session(verbose: bool) -> Iterator[None]:
+def ray_session(verbose: bool) -> Iterator[None]:
     """Ray: the cluster of RAY_ADDRESS (set in every job), else one on this machine for the run."""
     quiet = not verbose
     if quiet:

@@ -88,6 +88,24 @@ class ClusterHead(nn.Sequential):
         super().__init__(first, GlobalBatchNorm(width), nn.ReLU(), last, nn.Softmax(dim=-1))
 
 
+class ImageHead(nn.Module):
+    """The image head f alone, for objectives that see no text."""
+
+    def __init__(self, width: int, n_clusters: int, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.image = ClusterHead(width, n_clusters, generator=generator)
+
+    def forward(self, image: Tensor, text: None = None) -> tuple[Tensor, ...]:
+        """cluster_probs (n, K) of image anchors and of image neighbors, as in `TacHeads`.
+
+        Args:
+            image: embeddings of n anchors and of a neighbor of each, (n, 2, d).
+            text: none; takes the place of what `TacHeads` sees.
+        """
+        return self.image(image).unbind(1)
+
+
 class TacHeads(nn.Module):
     """The image head f and the text head g."""
 

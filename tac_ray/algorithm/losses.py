@@ -117,12 +117,14 @@ def balance_entropy(mean_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TacLoss:
-    """L = L_Dis + L_Con - alpha L_Bal (Eq. 17)."""
+    """L = L_Dis + L_Con - alpha L_Bal (Eq. 17); the weights of the first two are for Table V."""
 
     temperature: float
     balance_weight: float
     distillation_form: DistillationForm = "published"
     confidence_form: ConfidenceForm = "published"
+    distillation_weight: float = 1.0
+    confidence_weight: float = 1.0
 
     def __call__(
         self, image: Tensor, text: Tensor, neighbor_image: Tensor, neighbor_text: Tensor
@@ -146,7 +148,9 @@ class TacLoss:
         confidence = confidence_loss(agreed, n_rows, form=self.confidence_form)
         balance = balance_entropy(columns / n_rows)
         return {
-            "loss": distillation + confidence - self.balance_weight * balance,
+            "loss": self.distillation_weight * distillation
+            + self.confidence_weight * confidence
+            - self.balance_weight * balance,
             "distillation": distillation,
             "confidence": confidence,
             "balance": balance,

@@ -37,6 +37,11 @@ def accuracy(table: Table) -> float:
     return float(table[clusters, labels].sum() / table.sum())
 
 
+def classification_accuracy(table: Table) -> float:
+    """Share of images whose cluster has the number of their label, without any matching."""
+    return float(np.trace(table) / table.sum())
+
+
 def normalized_mutual_information(table: Table) -> float:
     """Mutual information over the arithmetic mean of the two entropies (NMI)."""
     mean_entropy = (_entropy(table.sum(axis=0)) + _entropy(table.sum(axis=1))) / 2

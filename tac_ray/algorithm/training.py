@@ -1,7 +1,7 @@
 """Epochs over the global batch (Eq. 11-17): gather rows, step, and what became of the clusters."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tac_ray.algorithm.distributed import sum_workers
-from tac_ray.algorithm.losses import TacLoss
 from tac_ray.algorithm.sampling import epoch_neighbors, epoch_rows
 
 
@@ -21,8 +20,8 @@ class Batch(NamedTuple):
     """Row numbers of the anchors, (n,)."""
     image: Tensor
     """Embeddings of the anchors and of a neighbor of each, (n, 2, d) float32."""
-    text: Tensor
-    """The same of their counterparts."""
+    text: Tensor | None
+    """The same of their counterparts; None where training sees no text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +30,11 @@ class TrainingRows:
 
     images: Tensor
     """(N, d) float16."""
-    texts: Tensor
-    """Text counterparts, (N, d) float16."""
     image_neighbors: Tensor
     """Row numbers, (N, n) int32."""
-    text_neighbors: Tensor
+    texts: Tensor | None = None
+    """Text counterparts, (N, d) float16; None where training sees no text."""
+    text_neighbors: Tensor | None = None
     """(N, n) int32."""
 
     def batches(
@@ -60,10 +59,12 @@ class TrainingRows:
         def gather(step: Tensor) -> Batch:
             rows = step.tensor_split(n_workers)[rank].to(home)
             image_rows = self.image_neighbors[rows, image_draws[rows]]
+            image = self.images[torch.stack([rows, image_rows], dim=1)].to(device).float()
+            if self.texts is None or self.text_neighbors is None:
+                return Batch(rows.to(device), image, None)
             text_rows = self.text_neighbors[rows, text_draws[rows]]
-            image = self.images[torch.stack([rows, image_rows], dim=1)]
-            text = self.texts[torch.stack([rows, text_rows], dim=1)]
-            return Batch(rows.to(device), image.to(device).float(), text.to(device).float())
+            text = self.texts[torch.stack([rows, text_rows], dim=1)].to(device).float()
+            return Batch(rows.to(device), image, text)
 
         image_draws, text_draws = image_draws.to(home), text_draws.to(home)
         if home == device and not _is_mapped(self.images):
@@ -113,7 +114,7 @@ class ClusterSizes:
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    compute_loss: TacLoss,
+    compute_loss: Callable[..., dict[str, Tensor]],
     batches: Iterator[Batch],
     sizes: ClusterSizes,
     *,
@@ -122,9 +123,10 @@ def train_epoch(
     """One pass over the batches; nothing is read from the device before its end.
 
     Args:
-        model: the heads, in training mode.
+        model: the heads, in training mode; the first of what they give are the anchors'
+            cluster_probs.
         optimizer: of their parameters.
-        compute_loss: of the global batch.
+        compute_loss: losses of the global batch, of all that the model gives; `loss` is minimized.
         batches: this worker's shares of the steps.
         sizes: takes note of the clusters.
         products: precision of the products of matrices: float32 or bfloat16, which is summed up in

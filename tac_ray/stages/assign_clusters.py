@@ -191,7 +191,7 @@ class _Nearest(NamedTuple):
 
 def _nearest(model: Model, vectors: Tensor) -> tuple[_Nearest, int]:
     """The most probable cluster of each row and the runner-up, and K."""
-    probs_of = _cluster_probs(model)
+    probs_of = cluster_probs(model)
     found, n_clusters = [], 0
     with torch.inference_mode():
         for rows in vectors.split(BATCH_ROWS):
@@ -204,7 +204,7 @@ def _nearest(model: Model, vectors: Tensor) -> tuple[_Nearest, int]:
     return _Nearest(*(torch.cat(c).numpy() for c in zip(*found, strict=True))), n_clusters
 
 
-def _cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
+def cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
     """What gives the probability of each cluster, by its id, to rows."""
     probs_of: Callable[[Tensor], Tensor]
     if model.method == "tac":

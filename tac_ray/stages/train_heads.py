@@ -4,11 +4,15 @@ import dataclasses
 import json
 import math
 import os
+import posixpath
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import ray
@@ -25,31 +29,76 @@ from safetensors.torch import save as save_tensors
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from tac_ray.algorithm.head import TacHeads
+from tac_ray.algorithm.baselines import ScanLoss, SicHead, SicLoss, semantic_space
+from tac_ray.algorithm.head import ImageHead, TacHeads
 from tac_ray.algorithm.losses import TacLoss
 from tac_ray.algorithm.training import ClusterSizes, TrainingRows, train_epoch, troubles
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
-from tac_ray.artifacts.storage import Folder, filesystem, is_local
-from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb, result_options
+from tac_ray.artifacts.storage import Folder, array_from, filesystem, is_local
+from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of, own_memory_gb, result_options
 from tac_ray.config import TrainHeadsConfig
 
 STATE_FILE = "state.pt"
+Objective = Literal["tac", "scan", "sic"]
+"""What heads are trained for: TAC's mutual distillation, or a method that it is compared with."""
+_TAC_OPTIONS = (
+    "distillation_temperature",
+    "distillation_form",
+    "confidence_form",
+    "distillation_weight",
+    "confidence_weight",
+)
 _PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """What every training worker is told."""
+class HeadTraining:
+    """Heads to train, and on what."""
 
     config: TrainHeadsConfig
     n_clusters: int
     seed: int
-    n_threads: int
     images: Artifact
-    counterparts: Artifact
     image_neighbors: Artifact
-    text_neighbors: Artifact
+    counterparts: Artifact | None = None
+    """Of build_counterparts, for "tac"."""
+    text_neighbors: Artifact | None = None
+    """Of find_neighbors over them, for "tac"."""
+    nouns: Artifact | None = None
+    """Of embed_nouns, for "sic"."""
+    centroids: Artifact | None = None
+    """Of find_centroids with K over the images, for "sic"."""
+    objective: Objective = "tac"
+
+    @property
+    def inputs(self) -> list[Artifact]:
+        """The artifacts that the heads depend on."""
+        needed = {
+            "tac": [self.images, self.counterparts, self.image_neighbors, self.text_neighbors],
+            "scan": [self.images, self.image_neighbors],
+            "sic": [self.images, self.image_neighbors, self.nouns, self.centroids],
+        }[self.objective]
+        there = [artifact for artifact in needed if artifact is not None]
+        assert len(there) == len(needed), f"an input of {self.objective} is missing"
+        return there
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the heads depend on beside them, once the options are resolved.
+
+        Options that came later than the first heads count only where they say something else than
+        those had.
+        """
+        kept = result_options(self.config)
+        del kept["batch_over_n"]
+        for weight in ("distillation_weight", "confidence_weight"):
+            if kept[weight] == 1:
+                del kept[weight]
+        if self.objective != "tac":
+            kept = {name: kept[name] for name in kept if name not in _TAC_OPTIONS}
+            kept["objective"] = self.objective
+        return {**kept, "n_clusters": self.n_clusters, "seed": self.seed}
 
 
 def train_heads(
@@ -89,96 +138,134 @@ def train_heads(
     n_neighbors + 8) bytes on its device, or on the disk of its node where they do not fit, and
     100 n (d + K) for its n rows of a batch.
     """
-    resources = ray.cluster_resources()
-    n_cpus = int(resources.get("CPU", 1))
-    n_gpus = n_gpus or int(resources.get("GPU", 0))
-    n_workers = config.n_workers or max(1, n_gpus)
-    config = dataclasses.replace(config.resolve(n_clusters), n_workers=n_workers)
-    batch_size = check_batch(config, images.n_rows)
-    options = {
-        name: value
-        for name, value in result_options(config).items()
-        if name not in ("batch_size", "batch_over_n")
-    }
-
-    def write(writer: ArtifactWriter) -> None:
-        assert config.epochs is not None
-        writer.start(config.epochs, "epochs")
-        job = TrainingJob(
-            config=dataclasses.replace(config, batch_size=batch_size),
-            n_clusters=n_clusters,
-            seed=seed,
-            n_threads=max(1, n_cpus // n_workers),
-            images=images,
-            counterparts=counterparts,
-            image_neighbors=image_neighbors,
-            text_neighbors=text_neighbors,
-        )
-        checkpoints = writer.folder.join("checkpoints")
-        fs, path = filesystem(checkpoints)
-        # On the driver's machine, which ends with it: others may be lost.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        log = ray.remote(_EpochLog).options(num_cpus=0, scheduling_strategy=here).remote()
-        fewest = min(config.min_workers or n_workers, n_workers)
-        on_gpu = n_gpus > 0 and ray.get(_has_cuda.remote())
-        if n_gpus and not on_gpu:
-            writer.progress.say("warning: torch finds no CUDA device; heads train on cores")
-        trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config={"job": job, "log": log},
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=(fewest, n_workers) if fewest < n_workers else n_workers,
-                use_gpu=n_gpus > 0,
-                # Half the cores a worker uses are reserved: Ray Train needs some itself.
-                resources_per_worker={"GPU": 1, "CPU": 0.5}
-                if n_gpus
-                else {"CPU": max(0.5, n_cpus / n_workers / 2)},
-            ),
-            # A run of this name that was killed goes on from its last checkpoint.
-            run_config=RunConfig(
-                name="heads",
-                storage_path=path,
-                storage_filesystem=None
-                if is_local(checkpoints)
-                else PyFileSystem(FSSpecHandler(fs)),
-                failure_config=FailureConfig(max_failures=3),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-            ),
-        )
-        state = _fit(trainer, log, writer, config.tensorboard)
-        weights = {name: tensor.contiguous() for name, tensor in state["heads"].items()}
-        writer.add_file("heads.safetensors", save_tensors(weights))
-        metrics, warnings = state["metrics"], troubles(state["metrics"], n_clusters)
-        about = {
-            "width": weights["image.0.weight"].shape[1],
-            "n_clusters": n_clusters,
-            "final": metrics[-1],
-            "warnings": warnings,
-        }
-        writer.add_file("heads.json", json.dumps(about, indent=1).encode())
-        lines = "".join(json.dumps(line) + "\n" for line in metrics)
-        writer.add_file("metrics.jsonl", lines.encode())
-        for warning in warnings:
-            writer.progress.say(f"warning: {warning}")
-        writer.facts |= {
-            "n_workers": state["n_workers"],
-            "batch_size": batch_size,
-            "n_epochs": len(metrics),
-            "warnings": warnings,
-        }
-        writer.note_memory(state["memory_gb"])
-
-    heads = store.run_stage(
-        "train_heads",
-        version=2,
-        options={**options, "batch_size": batch_size, "n_clusters": n_clusters, "seed": seed},
-        inputs=[images, counterparts, image_neighbors, text_neighbors],
-        write=write,
+    training = HeadTraining(
+        config=config,
+        n_clusters=n_clusters,
+        seed=seed,
+        images=images,
+        counterparts=counterparts,
+        image_neighbors=image_neighbors,
+        text_neighbors=text_neighbors,
     )
-    # Not before the artifact exists: a run killed here has nothing to repeat.
-    Folder(heads.folder.join("checkpoints")).remove()
-    return heads
+    return train_heads_together(store, [training], n_gpus=n_gpus)[0]
+
+
+def train_heads_together(
+    store: Store, trainings: Sequence[HeadTraining], *, n_gpus: int | None = None
+) -> list[Artifact]:
+    """Train many heads, one after the other, in one start of Ray Train.
+
+    Each is what `train_heads` alone would give, to the bit, and is an artifact as soon as it ends.
+    Those in the store are not trained. After a worker or the driver was lost, the head in work
+    goes on from its last checkpoint.
+
+    Args:
+        store: where artifacts lie.
+        trainings: the heads; their numbers of workers should be the same.
+        n_gpus: GPUs that the cluster may grow to; default those it has.
+
+    Returns:
+        The artifacts of train_heads, in the order of `trainings`.
+
+    Raises:
+        ValueError: the loss of a head is no longer finite, or heads ask for different workers.
+
+    Cost and memory: the sum and the most of what the single ones take, and one start.
+    """
+    n_gpus = n_gpus or int(ray.cluster_resources().get("GPU", 0))
+    n_workers = _common(trainings, "n_workers") or max(1, n_gpus)
+    by_key: dict[str, HeadTraining] = {}
+    keys = []
+    for given in trainings:
+        config = dataclasses.replace(given.config.resolve(given.n_clusters), n_workers=n_workers)
+        batch_size = check_batch(config, given.images.n_rows)
+        training = dataclasses.replace(
+            given, config=dataclasses.replace(config, batch_size=batch_size)
+        )
+        keys.append(hash_of([training.options, [i.fingerprint for i in training.inputs]]))
+        by_key[keys[-1]] = training
+
+    def stage(training: HeadTraining) -> dict[str, Any]:
+        return {
+            "stage": "train_heads",
+            "version": 2,
+            "options": training.options,
+            "inputs": training.inputs,
+        }
+
+    found = {key: store.reuse(**stage(training)) for key, training in by_key.items()}
+    made = {key: artifact for key, artifact in found.items() if artifact}
+    missing = {key: training for key, training in by_key.items() if key not in made}
+    checkpoints = Folder(Folder(store.path).join(f"train_heads-{hash_of(keys)[:8]}-checkpoints"))
+    if missing:
+        fewest = min(_common(trainings, "min_workers") or n_workers, n_workers)
+        with _worker_group(store, missing, checkpoints, fewest, n_workers, n_gpus) as news:
+            for i, (key, training) in enumerate(missing.items()):
+                made[key] = store.run_stage(
+                    **stage(training),
+                    write=partial(_write_heads, training, key, news, alone=len(by_key) == 1),
+                    title=None if len(missing) == 1 else f"train_heads {i + 1} of {len(missing)}",
+                )
+    # Not before the artifacts exist: a run killed here has nothing to repeat.
+    checkpoints.remove()
+    return [made[key] for key in keys]
+
+
+def _common(trainings: Sequence[HeadTraining], option: str) -> Any:
+    """The value that an option has in all trainings.
+
+    Raises:
+        ValueError: it has several.
+    """
+    values = {getattr(training.config, option) for training in trainings}
+    if len(values) > 1:
+        raise ValueError(
+            f"{option}={', '.join(map(str, values))} should be the same for heads that are trained "
+            f"together; give one --{option.replace('_', '-')}"
+        )
+    return values.pop() if values else None
+
+
+def _write_heads(
+    training: HeadTraining,
+    key: str,
+    news: Iterator["_News | None"],
+    writer: ArtifactWriter,
+    *,
+    alone: bool,
+) -> None:
+    """The artifact of a head, as its training ends."""
+    config = training.config
+    assert config.epochs is not None
+    writer.start(config.epochs, "epochs")
+    board = config.tensorboard
+    if board and not alone:
+        board = str(Path(board) / posixpath.basename(writer.folder.path))
+    state = _follow(key, news, writer, board)
+    weights = {name: tensor.contiguous() for name, tensor in state["heads"].items()}
+    writer.add_file("heads.safetensors", save_tensors(weights))
+    metrics = state["metrics"]
+    # SIC's loss has a term more after its first epoch, so that one is no measure.
+    alike = metrics[1:] or metrics if training.objective == "sic" else metrics
+    warnings = troubles(alike, training.n_clusters)
+    about = {
+        "width": weights["image.0.weight"].shape[1],
+        "n_clusters": training.n_clusters,
+        "final": metrics[-1],
+        "warnings": warnings,
+    }
+    writer.add_file("heads.json", json.dumps(about, indent=1).encode())
+    lines = "".join(json.dumps(line) + "\n" for line in metrics)
+    writer.add_file("metrics.jsonl", lines.encode())
+    for warning in warnings:
+        writer.progress.say(f"warning: {warning}")
+    writer.facts |= {
+        "n_workers": state["n_workers"],
+        "batch_size": config.batch_size,
+        "n_epochs": len(metrics),
+        "warnings": warnings,
+    }
+    writer.note_memory(state["memory_gb"])
 
 
 def check_batch(config: TrainHeadsConfig, n_images: int) -> int:
@@ -206,63 +293,146 @@ def check_batch(config: TrainHeadsConfig, n_images: int) -> int:
     return batch_size
 
 
-def load_heads(artifact: Artifact) -> TacHeads:
-    """The trained heads in evaluation mode, on the CPU."""
+def load_heads(artifact: Artifact) -> TacHeads | ImageHead:
+    """The trained heads in evaluation mode, on the CPU; the image head alone if it was."""
     about = json.loads(artifact.folder.read("heads.json"))
-    heads = TacHeads(about["width"], about["n_clusters"])
-    heads.load_state_dict(load_tensors(artifact.folder.read("heads.safetensors")))
+    weights = load_tensors(artifact.folder.read("heads.safetensors"))
+    heads_of = TacHeads if "text.0.weight" in weights else ImageHead
+    heads = heads_of(about["width"], about["n_clusters"])
+    heads.load_state_dict(weights)
     return heads.eval()
 
 
-class _EpochLog:
-    """Where the first training worker tells the driver of its epochs."""
+class _News(NamedTuple):
+    """What the first training worker tells of a head."""
+
+    key: str
+    """Of the head."""
+    line: dict[str, float]
+    """Metrics of the epoch that ended."""
+    state: dict[str, Any] | None = None
+    """What the training came to, once it has ended."""
+
+
+class _NewsDesk:
+    """Where the first training worker tells the driver of epochs, and hands heads over."""
 
     def __init__(self) -> None:
-        self._lines: list[dict[str, float]] = []
+        self._news: list[_News] = []
+        self._handed_over: set[str] = set()
 
-    def add(self, line: dict[str, float]) -> None:
-        self._lines.append(line)
+    def add(self, told: _News) -> None:
+        self._news.append(told)
+        if told.state is not None:
+            self._handed_over.add(told.key)
 
-    def take(self) -> list[dict[str, float]]:
-        taken, self._lines = self._lines, []
+    def handed_over(self) -> set[str]:
+        """Keys of the heads that need not be trained again."""
+        return self._handed_over
+
+    def take(self) -> list[_News]:
+        taken, self._news = self._news, []
         return taken
 
 
-def _fit(
-    trainer: TorchTrainer, log: Any, writer: ArtifactWriter, tensorboard: str | None
+@contextmanager
+def _worker_group(
+    store: Store,
+    trainings: dict[str, HeadTraining],
+    checkpoints: Folder,
+    fewest: int,
+    n_workers: int,
+    n_gpus: int,
+) -> Iterator[Iterator[_News | None]]:
+    """Workers of Ray Train that train these heads, and what they tell."""
+    n_cpus = int(ray.cluster_resources().get("CPU", 1))
+    # On the driver's machine, which ends with it: others may be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk: Any = ray.remote(_NewsDesk).options(num_cpus=0, scheduling_strategy=here).remote()
+    on_gpu = n_gpus > 0 and ray.get(_has_cuda.remote())
+    if n_gpus and not on_gpu:
+        store.progress.say("warning: torch finds no CUDA device; heads train on cores")
+    fs, path = filesystem(checkpoints.path)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "trainings": trainings,
+            "desk": desk,
+            "n_threads": max(1, n_cpus // n_workers),
+        },
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(fewest, n_workers) if fewest < n_workers else n_workers,
+            use_gpu=n_gpus > 0,
+            # Half the cores a worker uses are reserved: Ray Train needs some itself.
+            resources_per_worker={"GPU": 1, "CPU": 0.5}
+            if n_gpus
+            else {"CPU": max(0.5, n_cpus / n_workers / 2)},
+        ),
+        # A run of this name that was killed goes on from its last checkpoint.
+        run_config=RunConfig(
+            name="heads",
+            storage_path=path,
+            storage_filesystem=None
+            if is_local(checkpoints.path)
+            else PyFileSystem(FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        with ThreadPoolExecutor(1) as background:
+            yield _news(background.submit(trainer.fit), desk)
+    finally:
+        ray.kill(desk)
+
+
+def _news(training: Future[Any], desk: Any) -> Iterator[_News | None]:
+    """What comes to the desk until the training has ended; None several times a second.
+
+    Raises:
+        Exception: why it ended, if not by itself.
+    """
+    running = True
+    while running:
+        running = not training.done()
+        yield from ray.get(desk.take.remote())
+        if running:
+            yield None
+            time.sleep(0.2)
+    training.result()
+
+
+def _follow(
+    key: str, news: Iterator[_News | None], writer: ArtifactWriter, tensorboard: str | None
 ) -> dict[str, Any]:
-    """Train, telling of epochs as they end, and give the last checkpoint's state."""
+    """Tell of a head's epochs as they end, and give what its training came to."""
     board = SummaryWriter(tensorboard) if tensorboard else None
     gauge = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
     loss: float | None = None
-    with ThreadPoolExecutor(1) as background:
-        training = background.submit(trainer.fit)
-        running = True
-        while running:
-            running = not training.done()
-            for line in ray.get(log.take.remote()):
-                if not math.isfinite(line["loss"]):
-                    raise ValueError(
-                        f"loss is not finite in epoch {line['epoch']}: {line}; lower "
-                        "--learning-rate"
-                    )
-                loss = line["loss"]
-                note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
-                writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
-                if board:
-                    for name, value in line.items():
-                        board.add_scalar(f"heads/{name}", value, line["epoch"])
-            if loss is not None:
-                # Also between epochs: Ray forgets a gauge that has not been set for 20 s.
-                gauge.set(loss)
-            if running:
-                time.sleep(0.2)
-        checkpoint = training.result().checkpoint
-    if board:
-        board.close()
-    ray.kill(log)
-    assert checkpoint is not None
-    return _read_state(checkpoint)
+    for told in news:
+        if loss is not None:
+            # Also between epochs: Ray forgets a gauge that has not been set for 20 s.
+            gauge.set(loss)
+        if told is None or told.key != key:
+            continue  # no news, or of a head that was handed over before a worker was lost
+        if told.state is not None:
+            if board:
+                board.close()
+            return told.state
+        line = told.line
+        loss = line["loss"]
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"loss is not finite in epoch {line['epoch']}: {line}; lower --learning-rate"
+            )
+        gauge.set(loss)
+        note = f"loss {loss:.3f}, {line['changed']:.1%} changed cluster"
+        writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
+        if board:
+            for name, value in line.items():
+                board.add_scalar(f"heads/{name}", value, int(line["epoch"]))
+    raise RuntimeError("training ended without these heads; run it again to go on")
 
 
 @ray.remote(num_gpus=1, num_cpus=0)
@@ -277,38 +447,53 @@ def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _train_worker(told: dict[str, Any]) -> None:
-    job: TrainingJob = told["job"]
-    config = job.config
-    assert config.epochs is not None
-    assert config.batch_size is not None
-    assert config.distillation_temperature is not None
     context = ray.train.get_context()
-    rank, n_workers = context.get_world_rank(), context.get_world_size()
     # Ray Train names a GPU wherever it counts one.
     device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
     assert isinstance(device, torch.device)
     if device.type == "cpu":
-        torch.set_num_threads(job.n_threads)
-    rows = load_rows(job, device, room_bytes(device, context.get_local_world_size()))
+        torch.set_num_threads(told["n_threads"])
+    checkpoint = ray.train.get_checkpoint()
+    begun = _read_state(checkpoint) if checkpoint else None
+    handed_over = ray.get(told["desk"].handed_over.remote())
+    rows, rows_of = None, None
+    for key, training in told["trainings"].items():
+        if key in handed_over:
+            continue
+        inputs = [artifact.fingerprint for artifact in training.inputs]
+        if rows is None or inputs != rows_of:
+            rows, rows_of = None, inputs  # the memory of the last ones is free for these
+            room = room_bytes(device, context.get_local_world_size())
+            rows = load_rows(training, device, room)
+        state = begun if begun and begun["key"] == key else None
+        if not _train(key, training, rows, device, state, told["desk"]):
+            return
 
-    heads = TacHeads(rows.images.shape[1], job.n_clusters, seed=job.seed).to(device)
+
+def _train(
+    key: str,
+    training: HeadTraining,
+    rows: TrainingRows,
+    device: torch.device,
+    state: dict[str, Any] | None,
+    desk: Any,
+) -> bool:
+    """Train a head, from a state if it has begun, and hand it over; False if the loss broke."""
+    config = training.config
+    assert config.batch_size is not None
+    context = ray.train.get_context()
+    rank, n_workers = context.get_world_rank(), context.get_world_size()
+    heads, compute_loss = _heads_and_loss(training, rows.images.shape[1])
+    heads.to(device)
     model: torch.nn.Module = heads
     if n_workers > 1:
         model = torch.nn.parallel.DistributedDataParallel(heads, broadcast_buffers=False)
     optimizer = torch.optim.Adam(
         heads.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
     )
-    compute_loss = TacLoss(
-        temperature=config.distillation_temperature,
-        balance_weight=config.balance_weight,
-        distillation_form=config.distillation_form,
-        confidence_form=config.confidence_form,
-    )
-    sizes = ClusterSizes(len(rows.images), job.n_clusters, device)
+    sizes = ClusterSizes(len(rows.images), training.n_clusters, device)
     metrics: list[dict[str, float]] = []
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        state = _read_state(checkpoint)
+    if state is not None:
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         sizes.cluster.copy_(state["cluster"])
@@ -317,9 +502,11 @@ def _train_worker(told: dict[str, Any]) -> None:
     model.train()
     while not _is_done(metrics, config):
         start = time.perf_counter()
+        if isinstance(heads, SicHead) and metrics:
+            heads.move_centers(rows.images)
         batches = rows.batches(
             batch_size=config.batch_size,
-            seed=job.seed,
+            seed=training.seed,
             epoch=len(metrics),
             rank=rank,
             n_workers=n_workers,
@@ -333,11 +520,49 @@ def _train_worker(told: dict[str, Any]) -> None:
         line = {"epoch": len(metrics) + 1, **found, "seconds": round(seconds, 3)}
         metrics.append({**line, "samples_per_s": round(n_samples / seconds, 1)})
         if rank == 0:
-            ray.get(told["log"].add.remote(metrics[-1]))
+            ray.get(desk.add.remote(_News(key, metrics[-1])))
         if not math.isfinite(found["loss"]):
-            return  # the driver says so: to try again would not help
+            return False  # the driver says so: to try again would not help
         if _is_done(metrics, config) or len(metrics) % config.checkpoint_every == 0:
-            _report(rank, heads, optimizer, sizes, metrics)
+            _report(key, heads, optimizer, sizes, metrics)
+    if rank == 0:
+        trained = {
+            "heads": _on_cpu(heads),
+            "metrics": metrics,
+            "memory_gb": own_memory_gb(),
+            "n_workers": n_workers,
+        }
+        ray.get(desk.add.remote(_News(key, metrics[-1], trained)))
+    return True
+
+
+def _heads_and_loss(
+    training: HeadTraining, width: int
+) -> tuple[TacHeads | ImageHead, Callable[..., dict[str, Tensor]]]:
+    """New heads for a training's objective, and what is to be minimized."""
+    config, n_clusters, seed = training.config, training.n_clusters, training.seed
+    if training.objective == "scan":
+        heads = ImageHead(width, n_clusters, seed=seed)
+        return heads, ScanLoss(balance_weight=config.balance_weight)
+    if training.objective == "sic":
+        assert training.nouns is not None
+        assert training.centroids is not None
+        tables = training.nouns.tables(["embedding"])
+        nouns = torch.cat([torch.tensor(matrix(table["embedding"])) for table in tables])
+        centroids = torch.from_numpy(array_from(training.centroids.folder.read("centroids.npy")))
+        nouns = nouns[semantic_space(nouns, centroids)].float()
+        return SicHead(width, n_clusters, nouns, seed=seed), SicLoss(
+            balance_weight=config.balance_weight
+        )
+    assert config.distillation_temperature is not None
+    return TacHeads(width, n_clusters, seed=seed), TacLoss(
+        temperature=config.distillation_temperature,
+        balance_weight=config.balance_weight,
+        distillation_form=config.distillation_form,
+        confidence_form=config.confidence_form,
+        distillation_weight=config.distillation_weight,
+        confidence_weight=config.confidence_weight,
+    )
 
 
 def _is_done(metrics: list[dict[str, float]], config: TrainHeadsConfig) -> bool:
@@ -347,27 +572,30 @@ def _is_done(metrics: list[dict[str, float]], config: TrainHeadsConfig) -> bool:
 
 
 def _report(
-    rank: int,
-    heads: TacHeads,
+    key: str,
+    heads: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     sizes: ClusterSizes,
     metrics: list[dict[str, float]],
 ) -> None:
     """Hand the state to Ray Train; all workers hold the same, the first one writes it."""
-    if rank != 0:
+    if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(metrics[-1])
         return
     state = {
-        "heads": {name: tensor.cpu() for name, tensor in heads.state_dict().items()},
+        "key": key,
+        "heads": _on_cpu(heads),
         "optimizer": optimizer.state_dict(),
         "cluster": sizes.cluster.cpu(),
         "metrics": metrics,
-        "memory_gb": own_memory_gb(),
-        "n_workers": ray.train.get_context().get_world_size(),
     }
     with tempfile.TemporaryDirectory() as folder:
         torch.save(state, Path(folder) / STATE_FILE)
         ray.train.report(metrics[-1], checkpoint=Checkpoint.from_directory(folder))
+
+
+def _on_cpu(heads: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
 
 
 def room_bytes(device: torch.device, n_sharing: int) -> int:
@@ -382,22 +610,23 @@ def room_bytes(device: torch.device, n_sharing: int) -> int:
     return psutil.virtual_memory().available // (2 * n_sharing)
 
 
-def load_rows(job: TrainingJob, device: torch.device, room: int) -> TrainingRows:
+def load_rows(training: HeadTraining, device: torch.device, room: int) -> TrainingRows:
     """The rows of a training, on the device if they fit, else in files of this worker's own.
 
     Args:
-        job: names the artifacts.
+        training: names the artifacts.
         device: of the worker.
         room: bytes that the rows may take on it.
     """
     columns = {
-        "images": (job.images, "embedding", torch.float16),
-        "texts": (job.counterparts, "embedding", torch.float16),
-        "image_neighbors": (job.image_neighbors, "neighbor_row", torch.int32),
-        "text_neighbors": (job.text_neighbors, "neighbor_row", torch.int32),
+        "images": (training.images, "embedding", torch.float16),
+        "image_neighbors": (training.image_neighbors, "neighbor_row", torch.int32),
     }
+    if training.counterparts and training.text_neighbors:
+        columns["texts"] = (training.counterparts, "embedding", torch.float16)
+        columns["text_neighbors"] = (training.text_neighbors, "neighbor_row", torch.int32)
     widths = {name: _width(artifact, column) for name, (artifact, column, _) in columns.items()}
-    n_rows = job.images.n_rows
+    n_rows = training.images.n_rows
     n_bytes = sum(n_rows * widths[name] * kind.itemsize for name, (*_, kind) in columns.items())
     fits = n_bytes <= room
     found = {}

@@ -180,6 +180,15 @@ def test_gradients_are_those_of_the_losses(
     assert torch.autograd.gradcheck(lambda *rows: loss(*rows)["loss"], probs)
 
 
+def test_weights_leave_terms_out():
+    probs = [random_probs(4, 3, seed=seed) for seed in range(4)]
+    terms = TacLoss(temperature=0.5, balance_weight=5.0)(*probs)
+    weighted = TacLoss(
+        temperature=0.5, balance_weight=0.0, distillation_weight=0.0, confidence_weight=2.0
+    )
+    assert weighted(*probs)["loss"] == 2 * terms["confidence"]
+
+
 def test_balance_is_largest_for_even_clusters():
     even = torch.full((6, 4), 0.25, dtype=torch.float64)
     assert balance(even, even).item() == pytest.approx(2 * math.log(4))

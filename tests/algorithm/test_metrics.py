@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from tac_ray.algorithm.metrics import (
     accuracy,
     adjusted_rand_index,
+    classification_accuracy,
     contingency,
     match_clusters,
     normalized_mutual_information,
@@ -134,6 +135,12 @@ def test_labels_beyond_the_clusters_stay_unmatched():
     table = np.array([[1, 5, 2], [6, 4, 0]])
     assert match_clusters(table).tolist() == [1, 0]
     assert accuracy(table) == pytest.approx(11 / 18)
+
+
+def test_classes_are_not_matched():
+    table = np.array([[1, 6], [5, 8]])
+    assert classification_accuracy(table) == pytest.approx(9 / 20)
+    assert accuracy(table) == pytest.approx(11 / 20)
 
 
 def test_scores_of_a_hundred_million_images():

@@ -1,5 +1,6 @@
 """Training that loses a worker or its driver ends with the heads of one that did not."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ import pytest
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.store import Store
 from tac_ray.config import TrainHeadsConfig
-from tac_ray.stages.train_heads import train_heads
-from tests.integration.train_job import K, inputs
+from tac_ray.stages.train_heads import train_heads, train_heads_together
+from tests.integration.train_job import K, inputs, training
 
 pytestmark = pytest.mark.integration
 
@@ -130,6 +131,61 @@ def test_a_lost_node_leaves_the_training_to_the_others(undisturbed: Trained, tmp
     assert [line["epoch"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     for line, other in zip(metrics, expected, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_heads_trained_together_are_those_trained_alone(
+    ray_cluster: None, silent_progress: Any, tmp_path: Path
+):
+    config = TrainHeadsConfig(epochs=2, batch_size=256)
+    artifacts = inputs(str(tmp_path))
+    wanted = [
+        training(config, artifacts, seed=0),
+        dataclasses.replace(training(config, artifacts, seed=1), n_clusters=K + 3),
+    ]
+    together = train_heads_together(Store(str(tmp_path / "a"), silent_progress), [*wanted, *wanted])
+    assert [name for name, _ in silent_progress.finished] == [
+        "train_heads 1 of 2",
+        "train_heads 2 of 2",
+    ]
+    assert together[:2] == together[2:]
+    for both, one in zip(together, wanted, strict=False):
+        (alone,) = train_heads_together(Store(str(tmp_path / "b"), silent_progress), [one])
+        assert both.fingerprint == alone.fingerprint
+        assert both.manifest.files[0] == alone.manifest.files[0]  # the weights
+        assert both.facts == alone.facts
+    assert not list((tmp_path / "a").glob("*checkpoints"))
+    again = train_heads_together(Store(str(tmp_path / "a"), silent_progress), wanted)
+    assert all(artifact.reused for artifact in again)
+
+
+def test_heads_that_ended_before_the_driver_was_killed_are_not_trained_again(
+    undisturbed: Trained, tmp_path: Path
+):
+    process = start(tmp_path, 2, "two-seeds")
+
+    def at(epoch: int) -> None:
+        if epoch == 10:  # the fourth of the second heads
+            process.send_signal(signal.SIGKILL)
+
+    first = finish(process, at)
+    assert sum(line.startswith("artifact") for line in first) == 1
+    seen = finish(start(tmp_path, 2, "two-seeds"))
+    assert trained(seen) == undisturbed
+    assert sum(line.startswith("epoch") for line in seen) <= 3
+
+
+def test_a_worker_killed_in_the_second_heads_leaves_the_first(undisturbed: Trained, tmp_path: Path):
+    process = start(tmp_path, 2, "two-seeds")
+
+    def at(epoch: int) -> None:
+        if epoch == 9:
+            job = psutil.Process(process.pid)
+            workers = [p for p in job.children(recursive=True) if "TrainWorker" in p.name()]
+            workers[1].send_signal(signal.SIGKILL)
+
+    seen = finish(process, at)
+    assert trained(seen) == undisturbed
+    assert 12 <= sum(line.startswith("epoch") for line in seen) < 15
 
 
 def test_heads_that_collapse_are_warned_of(ray_cluster: None, silent_progress: Any, tmp_path: Path):

@@ -1,6 +1,7 @@
-"""Trains heads on made-up embeddings, and tells of each epoch: STORE N_WORKERS [lose-node].
+"""Trains heads on made-up embeddings, and tells of each epoch: STORE N_WORKERS [OPTION].
 
-With `lose-node` there are two nodes, and the second one dies after epoch 2.
+With `lose-node` there are two nodes, and the second one dies after epoch 2. With `two-seeds` heads
+are trained from seeds 1 and 0 together.
 """
 
 import sys
@@ -15,7 +16,7 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.store import ArtifactWriter, Store
 from tac_ray.config import TrainHeadsConfig
-from tac_ray.stages.train_heads import train_heads
+from tac_ray.stages.train_heads import HeadTraining, train_heads_together
 
 N, WIDTH, K, PARTS = 10_000, 128, 10, 3
 
@@ -90,6 +91,13 @@ def inputs(store: str) -> list[Artifact]:
     return [artifact(i, name, rows) for i, (name, rows) in enumerate(columns)]
 
 
+def training(config: TrainHeadsConfig, artifacts: list[Artifact], *, seed: int) -> HeadTraining:
+    """Heads to train on what `inputs` gives."""
+    names = ("images", "counterparts", "image_neighbors", "text_neighbors")
+    inputs = dict(zip(names, artifacts, strict=True))
+    return HeadTraining(config=config, n_clusters=K, seed=seed, **inputs)
+
+
 if __name__ == "__main__":
     store, n_workers, lose_node = sys.argv[1], int(sys.argv[2]), "lose-node" in sys.argv[3:]
     config = TrainHeadsConfig(
@@ -106,4 +114,6 @@ if __name__ == "__main__":
     else:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         told = Told()
-    train_heads(Store(store, told), config, *artifacts, n_clusters=K, seed=0)
+    seeds = (1, 0) if "two-seeds" in sys.argv[3:] else (0,)
+    trainings = [training(config, artifacts, seed=seed) for seed in seeds]
+    train_heads_together(Store(store, told), trainings)

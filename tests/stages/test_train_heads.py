@@ -1,5 +1,6 @@
 """Where the rows of a training lie."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 from tac_ray.artifacts.schemas import matrix_column
 from tac_ray.artifacts.store import ArtifactWriter, Store
 from tac_ray.config import TrainHeadsConfig
-from tac_ray.stages.train_heads import TrainingJob, check_batch, load_rows, room_bytes
+from tac_ray.stages.train_heads import (
+    HeadTraining,
+    check_batch,
+    load_rows,
+    room_bytes,
+    train_heads_together,
+)
 
 N, WIDTH, N_NEIGHBORS = 90, 8, 4
 N_BYTES = N * (2 * 2 * WIDTH + 2 * 4 * N_NEIGHBORS)
@@ -18,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def job(tmp_path: Any, silent_progress: Any) -> TrainingJob:
+def training(tmp_path: Any, silent_progress: Any) -> HeadTraining:
     rng = np.random.default_rng(0)
     columns = {
         "images": ("embedding", rng.standard_normal((N, WIDTH)).astype(np.float16)),
@@ -36,11 +43,11 @@ def job(tmp_path: Any, silent_progress: Any) -> TrainingJob:
         return store.run_stage(stage, version=1, options={}, inputs=[], write=write)
 
     made = {stage: artifact(stage, *column) for stage, column in columns.items()}
-    return TrainingJob(config=TrainHeadsConfig(), n_clusters=3, seed=0, n_threads=1, **made)
+    return HeadTraining(config=TrainHeadsConfig(), n_clusters=3, seed=0, **made)
 
 
-def test_rows_that_fit_lie_in_memory_and_others_in_files(job: TrainingJob):
-    held, mapped = load_rows(job, CPU, N_BYTES), load_rows(job, CPU, N_BYTES - 1)
+def test_rows_that_fit_lie_in_memory_and_others_in_files(training: HeadTraining):
+    held, mapped = load_rows(training, CPU, N_BYTES), load_rows(training, CPU, N_BYTES - 1)
     for name, column in vars(held).items():
         assert torch.equal(column, getattr(mapped, name))
         assert column.untyped_storage().filename is None
@@ -61,3 +68,48 @@ def test_a_batch_that_cannot_be_is_refused():
         check_batch(config, 50)
     with pytest.raises(ValueError, match=r"batch_size=6 should be >= 2 x n_workers=4"):
         check_batch(TrainHeadsConfig(batch_size=6, n_workers=4), 50)
+
+
+def test_what_the_heads_depend_on_knows_neither_workers_nor_checkpoints(training: HeadTraining):
+    def options(**changes: Any) -> dict[str, Any]:
+        config = dataclasses.replace(training.config, **changes)
+        return dataclasses.replace(training, config=config).options
+
+    assert options(n_workers=4, checkpoint_every=1, batch_over_n="refuse") == options()
+    assert options(balance_weight=1.0) != options()
+
+
+def test_later_options_leave_the_heads_of_before_alone(training: HeadTraining):
+    assert set(training.options) == {
+        "epochs",
+        "batch_size",
+        "distillation_temperature",
+        "balance_weight",
+        "learning_rate",
+        "beta1",
+        "beta2",
+        "distillation_form",
+        "confidence_form",
+        "products",
+        "stable_below",
+        "n_clusters",
+        "seed",
+    }
+    config = dataclasses.replace(training.config, confidence_weight=0.0)
+    assert dataclasses.replace(training, config=config).options["confidence_weight"] == 0
+
+
+def test_a_baseline_depends_on_what_it_sees(training: HeadTraining):
+    scan = dataclasses.replace(training, objective="scan")
+    assert scan.inputs == [training.images, training.image_neighbors]
+    assert scan.options["objective"] == "scan"
+    assert "distillation_temperature" not in scan.options
+    unseen = dataclasses.replace(scan, counterparts=None, text_neighbors=None)
+    assert load_rows(unseen, CPU, N_BYTES).texts is None
+
+
+def test_heads_trained_together_share_their_workers(training: HeadTraining, silent_progress: Any):
+    fewer = dataclasses.replace(training, config=TrainHeadsConfig(n_workers=2))
+    more = dataclasses.replace(training, config=TrainHeadsConfig(n_workers=3))
+    with pytest.raises(ValueError, match=r"n_workers=2, 3 should be the same .*one --n-workers"):
+        train_heads_together(Store("", silent_progress), [fewer, more], n_gpus=1)

@@ -1,0 +1,1 @@
+"""The paper's tables on its data sets, and on any folder with one folder a class."""
