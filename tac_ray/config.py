@@ -14,11 +14,12 @@ import tyro
 from tac_ray.algorithm.losses import ConfidenceForm, DistillationForm
 from tac_ray.algorithm.nouns import Precision
 
-Method = Literal["kmeans", "train-free", "tac", "graph"]
+Method = Literal["kmeans", "train-free", "tac", "turtle", "graph"]
 METHOD_TITLES: dict[str, str] = {
     "kmeans": "k-means on embeddings",
     "train-free": "TAC without training",
     "tac": "TAC",
+    "turtle": "TURTLE",
     "graph": "graph of images and words",
 }
 
@@ -298,7 +299,7 @@ class CutGraphConfig:
     """How much clusters of equal sizes are worth beside similar images; 0: nothing."""
     max_graph_rows: int = 50_000
     """Cut the graph of a sample of so many images where there are more; the head tells the cluster
-    of the others."""
+    of the others. TURTLE is fitted to the same."""
 
     def __post_init__(self) -> None:
         _at_least(self, n_edges=1, cluster_balance=0, max_graph_rows=2)

@@ -37,6 +37,7 @@ from tac_ray.stages.evaluate import evaluate, read_scores
 from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
 from tac_ray.stages.fit_head import fit_head
+from tac_ray.stages.fit_turtle import fit_turtle
 from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
@@ -50,6 +51,7 @@ PROTOCOLS: dict[str, str] = {
     "kmeans": "k-means fitted on the embeddings of --images; other splits by nearest centroid",
     "train-free": "k-means fitted on [t~, v] of --images; other splits by nearest centroid",
     "tac": "heads trained on --images; other splits by the image head",
+    "turtle": "linear heads fitted on --images; all splits by them",
     "graph": "graph of --images cut, a head fitted to its clusters; all splits by the head",
     "kmeans@val": "k-means fitted on the embeddings of the scored split (published protocol)",
     "train-free@val": "k-means fitted on [t~, v] of the scored split (published protocol)",
@@ -138,6 +140,15 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 n_gpus=config.n_gpus,
             )
             models["tac"] = Model(method="tac", artifact=steps.add("train_heads", heads))
+        if "turtle" in config.methods:
+            most = config.cut_graph.max_graph_rows
+            turtle = fit_turtle(
+                store,
+                *graph_rows(store, images, counterparts, most=most, seed=config.seed),
+                n_clusters=config.n_clusters,
+                seed=config.seed,
+            )
+            models["turtle"] = Model(method="turtle", artifact=steps.add("fit_turtle", turtle))
         if "graph" in joined:
             clusters = cut_graph(
                 store,
@@ -219,7 +230,7 @@ def assign(
     steps = _Steps(config, progress or ConsoleProgress(), model_run=earlier.out)
     with ray_session(verbose):
         spec = encoder_spec(config)
-        heads = {"tac": "train_heads", "graph": "fit_head"}
+        heads = {"tac": "train_heads", "turtle": "fit_turtle", "graph": "fit_head"}
         step = heads.get(config.answer, f"find_centroids:{config.answer}")
         matched = "match_clusters" in earlier.artifacts
         model = Model(
@@ -380,7 +391,7 @@ def _cluster_without_training(
     """k-means with K on v and on [t~, v], as far as the run asks for them."""
     config, models = steps.config, {}
     for method in config.methods:
-        if method in ("tac", "graph"):
+        if method not in ("kmeans", "train-free"):
             continue
         centroids = find_centroids(
             steps.store,

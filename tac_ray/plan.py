@@ -214,6 +214,10 @@ def make_plan(
         stages.append(
             stage("train_heads", n_workers, PROCESS_GB + rows_gb, flops=each * n * heads.epochs)
         )
+    if "turtle" in config.methods:
+        memory_gb = PROCESS_GB + 4 * n_graph * d / 1e9
+        flops = 6.0 * d * n_clusters * 11 * 2 * 150 * 1024
+        stages.append(stage("fit_turtle", 1, memory_gb, flops=flops))
     if "graph" in config.methods:
         edges = 4 * config.cut_graph.n_edges
         memory_gb = PROCESS_GB + n_graph * (32 * n_clusters + 4 * d + 12 * edges) / 1e9

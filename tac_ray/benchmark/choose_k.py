@@ -1,14 +1,14 @@
 """How good each number of clusters is, without labels, and which one to take."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import adjusted_mutual_info_score, silhouette_score
+from sklearn.metrics import silhouette_score
 
+from tac_ray.algorithm.agreement import mean_agreement
 from tac_ray.algorithm.training import LEAST_ENTROPY
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
@@ -49,12 +49,9 @@ def judge(n_clusters: int, cluster_ids: Sequence[NDArray[np.int32]], images: Art
     vectors = _rows(images, rows)
     sampled = [ids[rows] for ids in cluster_ids]
     sizes = [np.bincount(ids, minlength=n_clusters) for ids in cluster_ids]
-    pairs = list(itertools.combinations(sampled, 2))
     return Judgment(
         n_clusters=n_clusters,
-        agreement=float(np.mean([adjusted_mutual_info_score(a, b) for a, b in pairs]))
-        if pairs
-        else None,
+        agreement=float(mean_agreement(sampled).mean()) if len(sampled) > 1 else None,
         silhouette=float(np.mean([_silhouette(vectors, ids) for ids in sampled])),
         entropy=float(np.mean([_entropy(counts) / math.log(n_clusters) for counts in sizes])),
         n_empty=float(np.mean([(counts == 0).sum() for counts in sizes])),

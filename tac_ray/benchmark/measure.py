@@ -21,6 +21,7 @@ from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
 from tac_ray.stages.fit_head import fit_head
+from tac_ray.stages.fit_turtle import fit_turtle
 from tac_ray.stages.list_images import list_images
 from tac_ray.stages.sample_rows import graph_rows
 from tac_ray.stages.score_clusters import score_clusters, score_zero_shot
@@ -211,15 +212,19 @@ def _fit(store: Store, index: ShardGroup, seen: _Seen, case: Case, row: Row, see
         split: build_counterparts(store, config.build_counterparts, embedded, selected)
         for split, (_, embedded) in seen.splits.items()
         # Heads see the words of the images that they are trained on only.
-        if embedded is images or row.method == "train-free"
+        if embedded is images or row.method in ("train-free", "turtle")
     }
     fit = dataclasses.replace(fit, counterparts=counterparts)
     words = next(iter(counterparts.values()))
     if row.method == "tac":
         made = training(counterparts=words, text_neighbors=neighbors_of(words, "text"))
         return dataclasses.replace(fit, training=made)
+    most = config.cut_graph.max_graph_rows
+    if row.method == "turtle":
+        rows = graph_rows(store, images, words, most=most, seed=seed)
+        turtle = fit_turtle(store, *rows, n_clusters=row.n_clusters, seed=seed)
+        return dataclasses.replace(fit, model=Model(method="turtle", artifact=turtle))
     if row.method == "graph":
-        most = config.cut_graph.max_graph_rows
         rows = graph_rows(store, images, words, most=most, seed=seed)
         neighbors = (neighbors_of(rows[0], "image"), neighbors_of(rows[1], "text"))
         clusters = cut_graph(

@@ -10,7 +10,7 @@ from tac_ray.benchmark.datasets import Dataset
 from tac_ray.benchmark.paper import Numbers
 from tac_ray.config import METHOD_TITLES, EncoderConfig, TacConfig
 
-RowMethod = Literal["kmeans", "zero-shot", "scan", "sic", "train-free", "tac", "graph"]
+RowMethod = Literal["kmeans", "zero-shot", "scan", "sic", "train-free", "tac", "turtle", "graph"]
 TITLES = {**METHOD_TITLES, "zero-shot": "zero-shot (class names)", "scan": "SCAN", "sic": "SIC"}
 CENTROID_METHODS = ("kmeans", "agglomerative", "spectral", "dbscan", "none")
 FIGURE_5: dict[str, tuple[float, ...]] = {
@@ -100,6 +100,7 @@ def option_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
         ),
     }
     titled = [(title, "graph", options) for title, options in graphs.items()]
+    titled.append((TITLES["turtle"], "turtle", config))
     for score in ("gradient", "transport"):
         scored = _with(config, "select_nouns", noun_score=score)
         for method in ("train-free", "tac"):

@@ -18,6 +18,7 @@ from tac_ray.artifacts.storage import Folder, array_from, table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import Method
 from tac_ray.stages.fit_head import load_head
+from tac_ray.stages.fit_turtle import load_turtle
 from tac_ray.stages.match_clusters import read_matching
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.train_heads import load_heads
@@ -34,9 +35,14 @@ class Model:
 
     method: Method
     artifact: Artifact
-    """Of find_centroids, of train_heads for "tac" or of fit_head for "graph"."""
+    """Of find_centroids; for "tac" of train_heads, "turtle" fit_turtle, "graph" fit_head."""
     matching: Artifact | None = None
     """Of match_clusters, whose ids and names hold."""
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether it wants [t~, v] of an image, and not v alone."""
+        return self.method in ("train-free", "turtle")
 
 
 def assign_clusters(
@@ -148,7 +154,7 @@ def _assign_part(
     table = images.folder.read_table(images.manifest.parts[index].name)
     text = counterparts.folder.read_table(counterparts.manifest.parts[index].name)
     vectors = torch.tensor(matrix(table["embedding"]))
-    if model.method == "train-free":
+    if model.sees_text:
         vectors = torch.cat([torch.tensor(matrix(text["embedding"])), vectors], dim=1)
     nearest, n_clusters = _nearest(model, vectors)
     cluster_id, probability = nearest.cluster_id, nearest.probability
@@ -209,6 +215,8 @@ def cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
     probs_of: Callable[[Tensor], Tensor]
     if model.method == "tac":
         probs_of = load_heads(model.artifact).image
+    elif model.method == "turtle":
+        probs_of = load_turtle(model.artifact)
     elif model.method == "graph":
         probs_of = load_head(model.artifact)
     else:

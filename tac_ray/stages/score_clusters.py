@@ -45,7 +45,7 @@ def score_clusters(
     Cost: 2 N d (d + K) operations with heads. Peak memory a worker: one part and 1 byte a row of
     the labels; the driver holds 8 K bytes a label.
     """
-    beside = counterparts if model.method == "train-free" else None
+    beside = counterparts if model.sees_text else None
     return _score(
         store,
         _cluster_part,
