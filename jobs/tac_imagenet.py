@@ -1,4 +1,4 @@
-"""ImageNet-1K as in the paper: heads trained on train, scored on train and val.
+"""ImageNet-1K as in the paper: fitted to train, scored on train and val.
 
 ray job submit --working-dir . -- python jobs/tac_imagenet.py \
     --images s3://bucket/imagenet/train --val-images s3://bucket/imagenet/val --out s3://bucket/run
@@ -14,6 +14,7 @@ from tac_ray.config import EncoderConfig, TrainHeadsConfig
 if __name__ == "__main__":
     run_command(
         sys.argv[1:],
+        methods=("kmeans", "train-free", "tac", "graph"),
         n_clusters=1000,
         labels="folder",
         encoder=EncoderConfig(resize=256),

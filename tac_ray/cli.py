@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import psutil
 import tyro
+from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 from rich.console import Console
 
 from tac_ray.artifacts.run import Run
@@ -203,7 +204,10 @@ def _show(found: Run) -> None:
 
 
 def _plainly(work: Callable[[], T], *, verbose: bool) -> T:
-    """Do the work; bad input ends the program with one line and exit code 2."""
+    """Do the work; what a person can mend ends the program with one line.
+
+    Exit code 2 is for bad input, 1 for workers that end again and again.
+    """
     try:
         return work()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -212,6 +216,17 @@ def _plainly(work: Callable[[], T], *, verbose: bool) -> T:
         cause = getattr(error, "cause", error)  # what a Ray task raised
         print(f"error: {cause}", file=sys.stderr)
         sys.exit(2)
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:
+        if verbose:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"error: a worker ended again and again, as for lack of memory: {reason}; lower "
+            "--image-batch-size, raise --n-shards, or take nodes with more memory; --verbose "
+            "shows all of it",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
+from ray.core.generated.common_pb2 import NodeDeathInfo  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
@@ -66,6 +67,15 @@ class Cluster:
             n_gpus=n_gpus or there,
             memory_gb=0.0 if more else resources.get("memory", 0) / 1e9,
         )
+
+
+def lost_nodes() -> dict[str, str]:
+    """NodeID -> address of the nodes that are gone, but for those that ended because they idled."""
+    return {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if not node["Alive"] and node["DeathReason"] != NodeDeathInfo.AUTOSCALER_DRAIN_IDLE
+    }
 
 
 def nodes_without(path: str) -> list[str]:

@@ -14,11 +14,12 @@ import tyro
 from tac_ray.algorithm.losses import ConfidenceForm, DistillationForm
 from tac_ray.algorithm.nouns import Precision
 
-Method = Literal["kmeans", "train-free", "tac"]
+Method = Literal["kmeans", "train-free", "tac", "graph"]
 METHOD_TITLES: dict[str, str] = {
     "kmeans": "k-means on embeddings",
     "train-free": "TAC without training",
     "tac": "TAC",
+    "graph": "graph of images and words",
 }
 
 
@@ -270,6 +271,44 @@ class TrainHeadsConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutGraphConfig:
+    """The graph of neighbors, and how it is cut into clusters."""
+
+    n_edges: int = 40
+    """Neighbors of each kind that an image is joined with, of those that were found."""
+    text_edges: Literal["gated", "all", "none"] = "gated"
+    """Edges to neighbors of the text counterpart. gated: weakened to the share of images that words
+    say something about; all: as strong as those of images; none: images alone."""
+    significance: float = 0.05
+    """At which a noun stands out from the others for an image (Grubbs' test), for gated edges."""
+    cluster_balance: float = 0.4
+    """How much clusters of equal sizes are worth beside similar images; 0: nothing."""
+    max_graph_rows: int = 50_000
+    """Cut the graph of a sample of so many images where there are more; the head tells the cluster
+    of the others."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, n_edges=1, cluster_balance=0, max_graph_rows=2)
+        if not 0 < self.significance < 1:
+            raise ValueError(
+                f"significance={self.significance} should be between 0 and 1; change --significance"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitHeadConfig:
+    """The head that is fitted to the clusters of a graph."""
+
+    head_epochs: int = 5
+    """Passes over the rows of the graph; more where they are few."""
+    head_batch_size: int = 256
+    """Rows a step, at most all."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, head_epochs=1, head_batch_size=2)
+
+
 _Flat = tyro.conf.OmitArgPrefixes
 
 
@@ -291,7 +330,7 @@ class TacConfig:
     labels: Literal["auto", "folder", "none"] = "auto"
     """Where labels come from. folder: the first folder below --images. auto: what tars (.cls, .txt)
     and tables (column label) say, else the folder if every image lies in one."""
-    methods: tuple[Method, ...] = ("kmeans", "train-free", "tac")
+    methods: tuple[Method, ...] = ("kmeans", "train-free", "graph")
     """What to run; the last is the answer in `clusters/`, the others lie beside it."""
     match_run: str | None = None
     """--out of an earlier run over some of the same images: clusters that are found again keep the
@@ -314,6 +353,8 @@ class TacConfig:
     build_counterparts: Annotated[BuildCounterpartsConfig, _Flat] = BuildCounterpartsConfig()
     find_neighbors: Annotated[FindNeighborsConfig, _Flat] = FindNeighborsConfig()
     train_heads: Annotated[TrainHeadsConfig, _Flat] = TrainHeadsConfig()
+    cut_graph: Annotated[CutGraphConfig, _Flat] = CutGraphConfig()
+    fit_head: Annotated[FitHeadConfig, _Flat] = FitHeadConfig()
 
     def __post_init__(self) -> None:
         _at_least(self, n_clusters=2, n_gpus=1, n_shards=1, seed=0)
@@ -321,6 +362,12 @@ class TacConfig:
             raise ValueError(
                 f"methods={self.methods} should name each of {', '.join(METHOD_TITLES)} "
                 "at most once and one at least; change --methods"
+            )
+        n_edges, n_neighbors = self.cut_graph.n_edges, self.find_neighbors.n_neighbors
+        if "graph" in self.methods and n_edges > n_neighbors:
+            raise ValueError(
+                f"n_edges={n_edges} should be <= n_neighbors={n_neighbors}; lower --n-edges or "
+                "raise --n-neighbors"
             )
 
     @property
@@ -330,7 +377,7 @@ class TacConfig:
 
 
 def best(**options: Any) -> TacConfig:
-    """The published method with its faults repaired (the default)."""
+    """The published text space with its faults repaired, and the graph of it (the default)."""
     return TacConfig(**options)
 
 
@@ -341,6 +388,7 @@ def reference(**options: Any) -> TacConfig:
     Eq. 4 and 7, neighbors without the first column.
     """
     published: dict[str, Any] = {
+        "methods": ("kmeans", "train-free", "tac"),
         "encoder": EncoderConfig(precision="fp32"),
         "embed_nouns": EmbedNounsConfig(noun_form="raw"),
         "kmeans": KMeansConfig(

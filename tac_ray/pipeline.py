@@ -19,7 +19,7 @@ from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import Progress, Store, result_options
-from tac_ray.cluster import Cluster, nodes_without
+from tac_ray.cluster import Cluster, lost_nodes, nodes_without
 from tac_ray.config import Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
@@ -30,15 +30,18 @@ from tac_ray.report.page import write_page
 from tac_ray.report.pictures import report
 from tac_ray.stages.assign_clusters import Model, assign_clusters
 from tac_ray.stages.build_counterparts import build_counterparts
+from tac_ray.stages.cut_graph import cut_graph
 from tac_ray.stages.embed_images import embed_images
 from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.evaluate import evaluate, read_scores
 from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
+from tac_ray.stages.fit_head import fit_head
 from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
 from tac_ray.stages.parts import map_parts
+from tac_ray.stages.sample_rows import sample_rows
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.share_encoder import share_encoder
 from tac_ray.stages.train_heads import check_batch, train_heads
@@ -47,6 +50,7 @@ PROTOCOLS: dict[str, str] = {
     "kmeans": "k-means fitted on the embeddings of --images; other splits by nearest centroid",
     "train-free": "k-means fitted on [t~, v] of --images; other splits by nearest centroid",
     "tac": "heads trained on --images; other splits by the image head",
+    "graph": "graph of --images cut, a head fitted to its clusters; all splits by the head",
     "kmeans@val": "k-means fitted on the embeddings of the scored split (published protocol)",
     "train-free@val": "k-means fitted on [t~, v] of the scored split (published protocol)",
 }
@@ -120,30 +124,39 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 build_counterparts(store, config.build_counterparts, images, selected),
             )
             models = _cluster_without_training(steps, index, images, counterparts)
-            neighbors = []
-            if "tac" in config.methods:
-                for kind, embeddings in (("image", images), ("text", counterparts)):
-                    found = find_neighbors(
-                        store,
-                        config.find_neighbors,
-                        index,
-                        embeddings,
-                        seed=config.seed,
-                        title=kind,
-                    )
-                    neighbors.append(steps.add(f"find_neighbors:{kind}", found))
-        if "tac" in config.methods:
+            joined = {
+                method: _with_neighbors(steps, index, *rows)
+                for method, rows in _rows_to_join(steps, images, counterparts).items()
+            }
+        if "tac" in joined:
             heads = train_heads(
                 store,
                 config.train_heads,
-                images,
-                counterparts,
-                *neighbors,
+                *joined["tac"],
                 n_clusters=config.n_clusters,
                 seed=config.seed,
                 n_gpus=config.n_gpus,
             )
             models["tac"] = Model(method="tac", artifact=steps.add("train_heads", heads))
+        if "graph" in joined:
+            clusters = cut_graph(
+                store,
+                config.cut_graph,
+                *joined["graph"],
+                n_clusters=config.n_clusters,
+                n_nouns=selected.n_rows,
+            )
+            steps.add("cut_graph", clusters)
+            head = fit_head(
+                store,
+                config.fit_head,
+                joined["graph"][0],
+                clusters,
+                n_clusters=config.n_clusters,
+                seed=config.seed,
+                n_gpus=config.n_gpus,
+            )
+            models["graph"] = Model(method="graph", artifact=steps.add("fit_head", head))
         fitted = Fitted(spec, encoder, selected, models)
         assignments = {
             method: assign_clusters(store, models[method], listing, images, counterparts, selected)
@@ -206,7 +219,8 @@ def assign(
     steps = _Steps(config, progress or ConsoleProgress(), model_run=earlier.out)
     with ray_session(verbose):
         spec = encoder_spec(config)
-        step = {"tac": "train_heads"}.get(config.answer, f"find_centroids:{config.answer}")
+        heads = {"tac": "train_heads", "graph": "fit_head"}
+        step = heads.get(config.answer, f"find_centroids:{config.answer}")
         matched = "match_clusters" in earlier.artifacts
         model = Model(
             method=config.answer,
@@ -273,8 +287,13 @@ class _Steps:
         self._refuse_other_run()
         self._artifacts: dict[str, Artifact] = {}
         self._seconds: dict[str, float] = {}
+        self._lost: dict[str, str] | None = None
 
     def add(self, step: str, artifact: Artifact) -> Artifact:
+        lost, before = lost_nodes(), self._lost
+        for node in () if before is None else lost.keys() - before.keys():
+            self.progress.say(f"{step}: node {lost[node]} was lost; what it held was made again")
+        self._lost = lost
         self._artifacts[step] = artifact
         self._seconds[step] = 0.0 if artifact.reused else artifact.manifest.seconds
         self._run({}, finished=False).write()
@@ -360,7 +379,7 @@ def _cluster_without_training(
     """k-means with K on v and on [t~, v], as far as the run asks for them."""
     config, models = steps.config, {}
     for method in config.methods:
-        if method == "tac":
+        if method in ("tac", "graph"):
             continue
         centroids = find_centroids(
             steps.store,
@@ -375,6 +394,49 @@ def _cluster_without_training(
         steps.add(f"{prefix}find_centroids:{method}", centroids)
         models[method] = Model(method=method, artifact=centroids)
     return models
+
+
+def _rows_to_join(
+    steps: _Steps, images: Artifact, counterparts: Artifact
+) -> dict[Method, tuple[Artifact, Artifact]]:
+    """Images and counterparts whose neighbors a method needs: all, or a sample for a graph."""
+    methods, n_rows = steps.config.methods, steps.config.cut_graph.max_graph_rows
+    rows: dict[Method, tuple[Artifact, Artifact]] = {}
+    if "tac" in methods:
+        rows["tac"] = images, counterparts
+    if "graph" in methods and images.n_rows <= n_rows:
+        rows["graph"] = images, counterparts
+    elif "graph" in methods:
+        sampled = [
+            steps.add(
+                f"sample_rows:{kind}",
+                sample_rows(
+                    steps.store, embeddings, n_rows=n_rows, seed=steps.config.seed, title=kind
+                ),
+            )
+            for kind, embeddings in (("image", images), ("text", counterparts))
+        ]
+        rows["graph"] = sampled[0], sampled[1]
+    return rows
+
+
+def _with_neighbors(
+    steps: _Steps, index: ShardGroup, images: Artifact, counterparts: Artifact
+) -> tuple[Artifact, Artifact, Artifact, Artifact]:
+    """Images, counterparts, and the neighbors of each."""
+    neighbors = []
+    for kind, embeddings in (("image", images), ("text", counterparts)):
+        found = find_neighbors(
+            steps.store,
+            steps.config.find_neighbors,
+            index,
+            embeddings,
+            seed=steps.config.seed,
+            title=kind,
+        )
+        of = " of sample" if embeddings.manifest.stage == "sample_rows" else ""
+        neighbors.append(steps.add(f"find_neighbors:{kind}{of}", found))
+    return images, counterparts, neighbors[0], neighbors[1]
 
 
 def _assign_split(

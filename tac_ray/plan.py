@@ -13,6 +13,8 @@ PROCESS_GB = 1.0
 """Libraries of one process."""
 TYPICAL_PASSES = 30
 """Passes after which k-means improves by less than its tolerance, on embeddings of photographs."""
+LANCZOS_PASSES = 10
+"""Restarts of Lanczos until K eigenvectors are found; assumed, since it depends on the data."""
 PROBES = 40
 """Lists that each row of a join visits; assumed, since it depends on the data."""
 
@@ -180,23 +182,26 @@ def make_plan(
         if method in config.methods:
             restarts = config.kmeans.cluster_restarts
             stages.append(k_means(f"find_centroids:{method}", n_columns, n_clusters, restarts))
-    if "tac" in config.methods:
-        neighbors = config.find_neighbors
-        kind, flops = "exact", 4.0 * n * n * d
-        if neighbors.joins(n):
-            n_lists = LISTS_PER_ROOT * math.sqrt(n)
-            kind, flops = "join", 4.0 * n * d * (n_lists + min(PROBES / n_lists, 1) * n)
-        rows_gb = embedded_gb / n_shards
-        written_gb = 2 * 12 * neighbors.n_neighbors * n / 1e9
+    neighbors, n_graph = config.find_neighbors, min(n, config.cut_graph.max_graph_rows)
+    joined = {n} if "tac" in config.methods else set()
+    if "graph" in config.methods:
+        joined |= {n_graph}
+    for rows in sorted(joined):
+        kind, flops = "exact", 4.0 * rows * rows * d
+        if neighbors.joins(rows):
+            n_lists = LISTS_PER_ROOT * math.sqrt(rows)
+            kind, flops = "join", 4.0 * rows * d * (n_lists + min(PROBES / n_lists, 1) * rows)
+        sample = "" if rows == n else "of a sample, "
         stages.append(
             stage(
-                f"find_neighbors ({kind}, twice)",
+                f"find_neighbors ({sample}{kind}, twice)",
                 n_shards,
-                PROCESS_GB + rows_gb,
+                PROCESS_GB + 2 * rows * d / 1e9 / n_shards,
                 flops=flops,
-                written_gb=written_gb,
+                written_gb=2 * 12 * neighbors.n_neighbors * rows / 1e9,
             )
         )
+    if "tac" in config.methods:
         heads = config.train_heads.resolve(n_clusters)
         assert heads.epochs is not None
         # What does not fit into half of a node's memory is read from files.
@@ -209,6 +214,14 @@ def make_plan(
         stages.append(
             stage("train_heads", n_workers, PROCESS_GB + rows_gb, flops=each * n * heads.epochs)
         )
+    if "graph" in config.methods:
+        edges = 4 * config.cut_graph.n_edges
+        memory_gb = PROCESS_GB + n_graph * (32 * n_clusters + 4 * d + 12 * edges) / 1e9
+        flops = LANCZOS_PASSES * 8.0 * n_graph * n_clusters**2
+        stages.append(stage("cut_graph", 1, memory_gb, flops=flops, written_gb=4 * n_graph / 1e9))
+        epochs = config.fit_head.head_epochs
+        flops = 6.0 * n_graph * d * (d + n_clusters) * epochs
+        stages.append(stage("fit_head", 1, PROCESS_GB + 4 * n_graph * d / 1e9, flops=flops))
     stages.append(
         stage(
             "assign_clusters",

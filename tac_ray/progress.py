@@ -30,7 +30,10 @@ class _Metrics:
         tags = ("stage", "unit")
         self.done = Counter("tac_ray_units_done_total", "Units of a stage that are done.", tags)
         self.rate = Gauge("tac_ray_units_per_second", "Units of a stage done in a second.", tags)
-        self.seconds = Gauge("tac_ray_stage_seconds", "Time of a finished stage.", ("stage",))
+        # Not a gauge, which Ray would forget after 20 s.
+        self.seconds = Counter(
+            "tac_ray_stage_seconds_total", "Time of the finished stages.", ("stage",)
+        )
 
 
 class ConsoleProgress:
@@ -89,8 +92,8 @@ class ConsoleProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if not artifact.reused:
-            self._metrics.seconds.set(artifact.manifest.seconds, {"stage": title})
+        if not artifact.reused and artifact.manifest.seconds > 0:
+            self._metrics.seconds.inc(artifact.manifest.seconds, {"stage": title})
         took = "done before" if artifact.reused else f"{artifact.manifest.seconds:.1f} s"
         facts = artifact.facts
         counts = "".join(

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from ray.core.generated.common_pb2 import NodeDeathInfo
 
 from tac_ray import cluster
-from tac_ray.cluster import Cluster, Workers
+from tac_ray.cluster import Cluster, Workers, lost_nodes
 
 
 @pytest.fixture
@@ -66,3 +67,18 @@ def test_a_head_without_cores_is_not_computed_on(nodes: list[dict[str, Any]]):
 def test_workers_beyond_the_gpus_compute_on_cores(nodes: list[dict[str, Any]]):
     nodes += [{"CPU": 8, "GPU": 1}]
     assert Workers.over_cluster(2) == Workers(n=2, n_threads=4, num_cpus=2, num_gpus=0)
+
+
+def test_nodes_that_ended_idle_are_not_lost(monkeypatch: pytest.MonkeyPatch):
+    def node(i: int, reason: int, alive: bool = False) -> dict[str, Any]:
+        about = {"NodeID": f"{i}", "NodeManagerAddress": f"10.0.0.{i}"}
+        return {**about, "Alive": alive, "DeathReason": reason}
+
+    told = [
+        node(1, NodeDeathInfo.UNSPECIFIED, alive=True),
+        node(2, NodeDeathInfo.UNEXPECTED_TERMINATION),
+        node(3, NodeDeathInfo.AUTOSCALER_DRAIN_IDLE),
+        node(4, NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED),
+    ]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: told)
+    assert lost_nodes() == {"2": "10.0.0.2", "4": "10.0.0.4"}

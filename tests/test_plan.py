@@ -22,23 +22,39 @@ def stages(found) -> dict:
 
 
 def test_every_stage_of_a_run_has_its_line():
-    whole = stages(plan(100_000))
+    whole = stages(plan(100_000, methods=("kmeans", "train-free", "tac", "graph")))
     assert {
         "embed_images",
         "embed_nouns",
         "find_centroids",
+        "find_centroids:train-free",
         "find_neighbors",
         "train_heads",
+        "cut_graph",
+        "fit_head",
     } <= set(whole)
     assert all(stage.hours >= 0 and stage.memory_gb > 0 for stage in whole.values())
     fewer = stages(plan(100_000, methods=("kmeans",)))
-    assert not {"find_neighbors", "train_heads", "find_centroids:train-free"} & set(fewer)
+    assert set(whole) - set(fewer) == {
+        "find_centroids:train-free",
+        "find_neighbors",
+        "train_heads",
+        "cut_graph",
+        "fit_head",
+    }
+
+
+def test_the_graph_of_a_sample_takes_the_same_whatever_the_images():
+    few, many = (stages(plan(n, methods=("graph",)))["cut_graph"] for n in (10**6, 10**7))
+    assert few == many
+    assert "of a sample" in plan(10**6, methods=("graph",)).stages[-4].stage
 
 
 def test_exact_neighbors_grow_with_the_square_and_a_join_does_not():
-    exact = [stages(plan(n))["find_neighbors"].flops for n in (100_000, 200_000)]
+    tac = {"methods": ("tac",)}
+    exact = [stages(plan(n, **tac))["find_neighbors"].flops for n in (100_000, 200_000)]
     assert exact[1] == pytest.approx(4 * exact[0])
-    joins = [plan(n, FARM) for n in (10_000_000, 20_000_000)]
+    joins = [plan(n, FARM, **tac) for n in (10_000_000, 20_000_000)]
     assert any("join" in stage.stage for stage in joins[0].stages)
     few, many = (stages(found)["find_neighbors"].flops for found in joins)
     assert many < 3.5 * few

@@ -18,6 +18,9 @@ class Counterparts(NamedTuple):
     """Rows of the strongest nouns, (n, n_strongest) int64, strongest first."""
     weight: Tensor
     """Their retrieval weights, (n, n_strongest) float32."""
+    standing: Tensor
+    """How far the most similar noun is above the mean of all, in their standard deviations, (n,)
+    float32."""
 
 
 def text_counterparts(
@@ -41,7 +44,18 @@ def text_counterparts(
     """
     dtype = torch.float16 if precision == "float16" else torch.float32
     images, nouns = images.to(dtype), nouns.to(dtype)
-    weights = torch.softmax(images @ nouns.T / temperature, dim=1)
+    similarity = images @ nouns.T
+    weights = torch.softmax(similarity / temperature, dim=1)
     embedding = F.normalize((weights @ nouns).to(dtype), dim=1).float()
     strongest = weights.float().topk(min(n_strongest, nouns.shape[0]), dim=1)
-    return Counterparts(embedding, strongest.indices, strongest.values)
+    standing = _standing(similarity.float())
+    return Counterparts(embedding, strongest.indices, strongest.values, standing)
+
+
+def _standing(similarity: Tensor) -> Tensor:
+    """Of the largest of each row; 0 where all are the same."""
+    if similarity.shape[1] < 2:
+        return torch.zeros(len(similarity))
+    spread, mean = torch.std_mean(similarity, dim=1)
+    tiny = torch.finfo(spread.dtype).tiny
+    return (similarity.max(dim=1).values - mean) / spread.clamp_min(tiny)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tac_ray.artifacts.schemas import matrix, matrix_column
-from tac_ray.artifacts.storage import Folder, filesystem, patiently, table_bytes
+from tac_ray.artifacts.storage import Folder, filesystem, patiently, table_bytes, table_from
 
 KEY_BYTES = 16
 Keys = NDArray[np.bytes_]
@@ -82,7 +81,7 @@ class EmbeddingStore:
 
         def read() -> pa.ChunkedArray:
             with fs.open(path, "rb") as file:
-                return pq.read_table(file, columns=["key"])["key"]
+                return table_from(file, ["key"])["key"]
 
         column = patiently(read)
         return np.frombuffer(b"".join(column.to_pylist()), dtype=f"S{KEY_BYTES}")

@@ -153,7 +153,7 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file as a table."""
-        return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
+        return table_from(pa.BufferReader(self.read(name)), columns)
 
 
 def table_bytes(table: pa.Table, *, plain: bool = False) -> bytes:
@@ -167,6 +167,16 @@ def table_bytes(table: pa.Table, *, plain: bool = False) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none" if plain else "zstd", use_dictionary=not plain)
     return buffer.getvalue()
+
+
+def table_from(file: Any, columns: list[str] | None = None) -> pa.Table:
+    """A table from a Parquet file, open or in memory.
+
+    On this thread alone: those of Arrow, which pyarrow.parquet.read_table would use, let go of the
+    file after the table is there. Where Python has begun to exit by then, they cannot have its lock
+    to do so, and that ends a process that has done all its work with code 134.
+    """
+    return pq.ParquetFile(file).read(columns=columns, use_threads=False)
 
 
 def array_bytes(array: NDArray[Any]) -> bytes:

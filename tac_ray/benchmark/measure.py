@@ -16,10 +16,13 @@ from tac_ray.pipeline import embed, encoder_spec, for_all_nodes
 from tac_ray.plan import n_semantic
 from tac_ray.stages.assign_clusters import Model
 from tac_ray.stages.build_counterparts import build_counterparts
+from tac_ray.stages.cut_graph import cut_graph
 from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
+from tac_ray.stages.fit_head import fit_head
 from tac_ray.stages.list_images import list_images
+from tac_ray.stages.sample_rows import sample_rows
 from tac_ray.stages.score_clusters import score_clusters, score_zero_shot
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.train_heads import HeadTraining, train_heads_together
@@ -213,6 +216,33 @@ def _fit(store: Store, index: ShardGroup, seen: _Seen, case: Case, row: Row, see
     if row.method == "tac":
         made = training(counterparts=words, text_neighbors=neighbors_of(words, "text"))
         return dataclasses.replace(fit, training=made)
+    if row.method == "graph":
+        n_rows = config.cut_graph.max_graph_rows
+        joined = images, words
+        if images.n_rows > n_rows:
+            joined = (
+                sample_rows(store, images, n_rows=n_rows, seed=seed, title="image"),
+                sample_rows(store, words, n_rows=n_rows, seed=seed, title="text"),
+            )
+        clusters = cut_graph(
+            store,
+            config.cut_graph,
+            *joined,
+            neighbors_of(joined[0], "image"),
+            neighbors_of(joined[1], "text"),
+            n_clusters=row.n_clusters,
+            n_nouns=selected.n_rows,
+        )
+        head = fit_head(
+            store,
+            config.fit_head,
+            joined[0],
+            clusters,
+            n_clusters=row.n_clusters,
+            seed=seed,
+            n_gpus=config.n_gpus,
+        )
+        return dataclasses.replace(fit, model=Model(method="graph", artifact=head))
     on_test = None
     if "test" in seen.splits:
         artifact = clusters_of(counterparts["test"], seen.splits["test"][1])

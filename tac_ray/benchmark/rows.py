@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tac_ray.benchmark import paper
 from tac_ray.benchmark.datasets import Dataset
 from tac_ray.benchmark.paper import Numbers
 from tac_ray.config import METHOD_TITLES, EncoderConfig, TacConfig
 
-RowMethod = Literal["kmeans", "zero-shot", "scan", "sic", "train-free", "tac"]
+RowMethod = Literal["kmeans", "zero-shot", "scan", "sic", "train-free", "tac", "graph"]
+PUBLISHED: tuple[RowMethod, ...] = ("kmeans", "zero-shot", "scan", "sic", "train-free", "tac")
 TITLES = {**METHOD_TITLES, "zero-shot": "zero-shot (class names)", "scan": "SCAN", "sic": "SIC"}
 CENTROID_METHODS = ("kmeans", "agglomerative", "spectral", "dbscan", "none")
 FIGURE_5: dict[str, tuple[float, ...]] = {
@@ -76,14 +77,14 @@ def main_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
     config = _published_k(case, reference)
     rows = [
         _row(case, config, method, numbers=_numbers(case, paper.METHODS[method]))
-        for method in get_args(RowMethod)
+        for method in PUBLISHED
         if method != "zero-shot" or case.dataset.class_names
     ]
     if case.dataset.class_names:
         named = _row(case, config, "tac", numbers=_numbers(case, paper.CLASS_NAMES))
         title = f"{TITLES['tac']} with class names as nouns"
         rows.append(dataclasses.replace(named, title=title, by_class_names=True))
-    return [*rows, dataclasses.replace(_row(case, best, "tac"), title="best")]
+    return [*rows, dataclasses.replace(_row(case, best, best.answer), title="best")]
 
 
 def centroid_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
@@ -149,10 +150,10 @@ def figure_5_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row
 
 
 def n_clusters_rows(n_clusters: Sequence[int]) -> Rows:
-    """TAC with each of several K."""
+    """`best` with each of several K."""
 
     def rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
-        row = _row(case, best, "tac")
+        row = _row(case, best, best.answer)
         return [dataclasses.replace(row, title=f"{k} clusters", n_clusters=k) for k in n_clusters]
 
     return rows

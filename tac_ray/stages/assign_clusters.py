@@ -17,6 +17,7 @@ from tac_ray.artifacts.schemas import CLUSTER_NAMES, CLUSTERS, matrix
 from tac_ray.artifacts.storage import Folder, array_from, table_bytes
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import Method
+from tac_ray.stages.fit_head import load_head
 from tac_ray.stages.match_clusters import read_matching
 from tac_ray.stages.parts import map_parts
 from tac_ray.stages.train_heads import load_heads
@@ -33,7 +34,7 @@ class Model:
 
     method: Method
     artifact: Artifact
-    """Of find_centroids, or of train_heads for "tac"."""
+    """Of find_centroids, of train_heads for "tac" or of fit_head for "graph"."""
     matching: Artifact | None = None
     """Of match_clusters, whose ids and names hold."""
 
@@ -205,8 +206,13 @@ def _nearest(model: Model, vectors: Tensor) -> tuple[_Nearest, int]:
 
 def cluster_probs(model: Model) -> Callable[[Tensor], Tensor]:
     """What gives the probability of each cluster, by its id, to rows."""
-    is_head = model.method == "tac"
-    probs_of = load_heads(model.artifact).image if is_head else _centroid_probs(model.artifact)
+    probs_of: Callable[[Tensor], Tensor]
+    if model.method == "tac":
+        probs_of = load_heads(model.artifact).image
+    elif model.method == "graph":
+        probs_of = load_head(model.artifact)
+    else:
+        probs_of = _centroid_probs(model.artifact)
     if model.matching is None:
         return probs_of
     of_id = torch.tensor(read_matching(model.matching)["new_id"]).argsort()

@@ -229,7 +229,7 @@ def _common(trainings: Sequence[HeadTraining], option: str) -> Any:
 def _write_heads(
     training: HeadTraining,
     key: str,
-    news: Iterator["_News"],
+    news: Iterator["_News | None"],
     writer: ArtifactWriter,
     *,
     alone: bool,
@@ -343,7 +343,7 @@ def _worker_group(
     fewest: int,
     n_workers: int,
     n_gpus: int,
-) -> Iterator[Iterator[_News]]:
+) -> Iterator[Iterator[_News | None]]:
     """Workers of Ray Train that train these heads, and what they tell."""
     n_cpus = int(ray.cluster_resources().get("CPU", 1))
     # On the driver's machine, which ends with it: others may be lost.
@@ -387,8 +387,8 @@ def _worker_group(
         ray.kill(desk)
 
 
-def _news(training: Future[Any], desk: Any) -> Iterator[_News]:
-    """What comes to the desk until the training has ended.
+def _news(training: Future[Any], desk: Any) -> Iterator[_News | None]:
+    """What comes to the desk until the training has ended, and None between looks at it.
 
     Raises:
         Exception: why it ended, if not by itself.
@@ -397,20 +397,25 @@ def _news(training: Future[Any], desk: Any) -> Iterator[_News]:
     while running:
         running = not training.done()
         yield from ray.get(desk.take.remote())
+        yield None
         if running:
             time.sleep(0.2)
     training.result()
 
 
 def _follow(
-    key: str, news: Iterator[_News], writer: ArtifactWriter, tensorboard: str | None
+    key: str, news: Iterator[_News | None], writer: ArtifactWriter, tensorboard: str | None
 ) -> dict[str, Any]:
     """Tell of a head's epochs as they end, and give what its training came to."""
     board = SummaryWriter(tensorboard) if tensorboard else None
-    loss = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
+    gauge = Gauge("tac_ray_heads_loss", "Loss of the last epoch of the cluster heads.")
+    loss: float | None = None
     for told in news:
-        if told.key != key:
-            continue  # a head that was handed over before a worker was lost
+        if loss is not None:
+            # Also between epochs: Ray forgets a gauge that has not been set for 20 s.
+            gauge.set(loss)
+        if told is None or told.key != key:
+            continue  # nothing new, or a head that was handed over before a worker was lost
         if told.state is not None:
             if board:
                 board.close()
@@ -420,7 +425,7 @@ def _follow(
             raise ValueError(
                 f"loss is not finite in epoch {line['epoch']}: {line}; lower --learning-rate"
             )
-        loss.set(line["loss"])
+        loss = line["loss"]
         note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
         writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
         if board:

@@ -1,6 +1,7 @@
 """Files written whole, and embedding columns there and back."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tac_ray.artifacts.storage import (
     array_from,
     is_local,
     table_bytes,
+    table_from,
 )
 
 
@@ -184,6 +186,15 @@ def test_embeddings_survive_parquet(tmp_path, plain):
     back = matrix(folder.read_table("part", ["embedding"]).column("embedding"))
     assert back.dtype == np.float16
     assert back.tobytes() == rows.tobytes()
+
+
+def test_nothing_holds_a_file_once_its_table_is_read():
+    # A thread that lets go of it while Python exits aborts the process.
+    data = table_bytes(pa.table({"row": range(20), "noun": ["tench"] * 20}))
+    before = sys.getrefcount(data)
+    for _ in range(300):
+        assert table_from(pa.BufferReader(data)).num_rows == 20
+        assert sys.getrefcount(data) == before
 
 
 def test_plain_tables_are_neither_compressed_nor_put_in_a_dictionary():

@@ -220,9 +220,10 @@ def test_the_cluster_grows_loses_nodes_and_shrinks(
     assert cluster.nodes() == []
     job = submit(cluster, tiny_encoder_dir, tmp_path, "undisturbed")
     job.wait_for(lambda: len(cluster.nodes()) == 2)
-    assert job.process.wait(300) == 0, job.log.read_text()
+    assert job.process.wait(500) == 0, job.log.read_text()
     expected = table(bucket, "undisturbed", tmp_path)
     assert len(expected["uri"]) == 1500
+    assert not job.told("was lost")
 
     job = submit(cluster, tiny_encoder_dir, tmp_path, "disturbed")
     job.wait_for(lambda: len(stored(bucket, "disturbed/artifacts/embeddings/")) > 1)
@@ -231,8 +232,9 @@ def test_the_cluster_grows_loses_nodes_and_shrinks(
     heads = "disturbed/artifacts/train_heads-"
     job.wait_for(lambda: any("/checkpoint_" in key for key in stored(bucket, heads)), 400)
     cluster.kill_node_of("RayTrainWorker")
-    assert job.process.wait(400) == 0, job.log.read_text()
+    assert job.process.wait(500) == 0, job.log.read_text()
     assert table(bucket, "disturbed", tmp_path) == expected
+    assert job.log.read_text().count("was lost") == 2
 
     deadline = time.monotonic() + 120
     while cluster.nodes():

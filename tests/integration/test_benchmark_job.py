@@ -11,7 +11,7 @@ from tests.integration.conftest import write_images
 
 pytestmark = pytest.mark.integration
 
-N_TRAINED = 2 * 5  # SCAN, SIC, TAC, TAC with class names, best; from two seeds
+N_TRAINED = 2 * 4  # SCAN, SIC, TAC, TAC with class names; from two seeds
 
 
 @pytest.fixture(scope="module")

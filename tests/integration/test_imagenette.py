@@ -51,11 +51,11 @@ def test_eight_of_ten_names_are_within_two_hypernym_steps_of_the_class(imagenett
     assert near >= 8
 
 
-def test_accuracy_is_that_of_the_published_code(imagenette: Run):
+def test_accuracy_is_no_less_than_that_of_the_published_code(imagenette: Run):
     # With all WordNet nouns the published code has 92.2, 93.1 and 97.1.
     scores = {method: found["acc"] for method, found in imagenette.scores["all"].items()}
     assert scores["kmeans"] > 0.90
-    assert scores["tac"] > 0.95
+    assert scores["graph"] > 0.96
 
 
 @pytest.mark.browser

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -80,6 +80,27 @@ def test_job_refuses_a_folder_that_would_vanish_with_it(
     assert "out=runs/a is relative to the job's temporary folder" in done.stdout
 
 
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(
+    cluster: dict[str, str], options: list[str], tmp_path: Path
+):
+    out = tmp_path / "run"
+    command = ["jobs/tac_s3.py", *options, "--out", str(out)]
+    begun = _submit(cluster, *command, how=["--submission-id", "stopped", "--no-wait"])
+    assert begun.returncode == 0, begun.stdout
+    deadline = time.monotonic() + 120
+    while not (out / "run.json").exists() or "embed_images" not in Run.load(str(out)).artifacts:
+        assert time.monotonic() < deadline, "no images were embedded"
+        time.sleep(0.1)
+    stopped = subprocess.run([RAY, "job", "stop", "stopped"], env=cluster, capture_output=True)
+    assert b"was stopped" in stopped.stdout + stopped.stderr
+    assert not Run.load(str(out)).finished
+
+    done = _submit(cluster, *command)
+    assert done.returncode == 0, done.stdout
+    assert "embed_images: 60 rows, done before" in done.stdout
+    assert pq.read_table(out / "clusters").num_rows == 60
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs tinyimagenet-val and mnv2-tiny beside it")
 def test_imagenet_job_scores_train_and_val(cluster: dict[str, str], tmp_path: Path):
     classes = sorted((SHARED / "data" / "tinyimagenet-val").iterdir())[:20]
@@ -105,8 +126,10 @@ def test_imagenet_job_scores_train_and_val(cluster: dict[str, str], tmp_path: Pa
     assert {"kmeans@val", "train-free@val"} <= set(scores["val"])
 
 
-def _submit(cluster: dict[str, str], job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", job, *arguments]
+def _submit(
+    cluster: dict[str, str], job: str, *arguments: str, how: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", "submit", *how, "--working-dir", ".", "--", "python", job, *arguments]
     return subprocess.run(
         command,
         env=cluster,

@@ -17,12 +17,15 @@ STAGES = (
     "build_counterparts",
     "find_neighbors image",
     "train_heads",
+    "cut_graph",
+    "fit_head",
     "assign_clusters kmeans",
     "evaluate",
 )
 
 
 def test_killed_in_each_stage_in_turn_ends_with_the_same_table(options: list[str], tmp_path: Path):
+    options = [*options, "--methods", "kmeans", "train-free", "tac", "graph"]
     undisturbed = tac_ray("run", *options, "--out", str(tmp_path / "undisturbed" / "run"))
     output, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, output
@@ -37,7 +40,7 @@ def test_killed_in_each_stage_in_turn_ends_with_the_same_table(options: list[str
     last = tac_ray(*command)
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
-    for folder in ("clusters", "clusters-kmeans", "clusters-train-free"):
+    for folder in ("clusters", "clusters-kmeans", "clusters-train-free", "clusters-tac"):
         before = files(tmp_path / "undisturbed" / "run" / folder)
         assert files(tmp_path / "killed" / "run" / folder) == before
 

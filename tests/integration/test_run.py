@@ -40,6 +40,7 @@ def config(
         embed_images=EmbedImagesConfig(part_rows=25),
         kmeans=KMeansConfig(cluster_restarts=2),
         train_heads=TrainHeadsConfig(epochs=3),
+        methods=("kmeans", "train-free", "graph", "tac"),
     )
 
 
@@ -62,15 +63,16 @@ def test_table_has_every_image_once_with_a_named_cluster(finished: Run, images: 
 
 
 def test_labeled_tree_is_scored_for_every_method(finished: Run):
-    assert set(finished.scores["all"]) == {"kmeans", "train-free", "tac"}
+    assert set(finished.scores["all"]) == {"kmeans", "train-free", "graph", "tac"}
     # Three plain colors fall apart under any encoder, also an untrained one.
     assert finished.scores["all"]["kmeans"]["acc"] == 1.0
+    assert finished.scores["all"]["graph"]["acc"] == 1.0
     document = json.loads(finished.artifact("evaluate").folder.read("metrics.json"))
     assert np.sum(document["splits"]["all"]["tac"]["confusion"]) == 60
 
 
 def test_methods_beside_the_answer_are_written_too(finished: Run):
-    for suffix in ("", "-kmeans", "-train-free"):
+    for suffix in ("", "-kmeans", "-train-free", "-graph"):
         assert pq.read_table(Path(finished.out) / f"clusters{suffix}").num_rows == 60
         assert pq.read_table(Path(finished.out) / f"names{suffix}.parquet").num_rows == 3
 
@@ -191,7 +193,7 @@ def test_validation_images_are_scored_under_both_protocols(config: TacConfig, tm
     val = write_images(tmp_path / "val", 4, seed=2)
     found = tac_ray.run(dataclasses.replace(config, val_images=str(val), out=str(tmp_path / "run")))
     assert set(found.scores) == {"train", "val"}
-    expected = {"kmeans", "train-free", "tac", "kmeans@val", "train-free@val"}
+    expected = {"kmeans", "train-free", "graph", "tac", "kmeans@val", "train-free@val"}
     assert set(found.scores["val"]) == expected
     assert found.scores["val"]["kmeans"]["acc"] == 1.0
     assert pq.read_table(tmp_path / "run" / "clusters-val").num_rows == 12

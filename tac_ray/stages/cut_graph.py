@@ -1,0 +1,128 @@
+"""Clusters without training, from the graph of neighbors in images and in words."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from tac_ray.algorithm.graph import cut, edge_weights, join_edges, share_in_words
+from tac_ray.artifacts.manifest import Artifact
+from tac_ray.artifacts.schemas import matrix
+from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
+from tac_ray.config import CutGraphConfig
+from tac_ray.stages.alone import run_alone
+
+
+def cut_graph(
+    store: Store,
+    config: CutGraphConfig,
+    images: Artifact,
+    counterparts: Artifact,
+    image_neighbors: Artifact,
+    text_neighbors: Artifact,
+    *,
+    n_clusters: int,
+    n_nouns: int,
+) -> Artifact:
+    """Join neighbors of both kinds and cut the graph into clusters.
+
+    Edges weigh what their ends look alike; those from text counterparts are multiplied by the
+    share of images that words say something about, so that words count where they fit.
+
+    Args:
+        store: where artifacts lie.
+        config: how many edges, which of text, how much equal sizes are worth.
+        images: artifact of embed_images, or a sample of its rows.
+        counterparts: artifact of build_counterparts, or the same sample of it.
+        image_neighbors: artifact of find_neighbors over `images`.
+        text_neighbors: artifact of find_neighbors over `counterparts`.
+        n_clusters: K.
+        n_nouns: nouns that counterparts are made of.
+
+    Returns:
+        Aligned with `images`: `cluster_id` int32. Facts: `share_in_words`, the weight of text edges
+        and the K-th eigenvalue.
+
+    Raises:
+        ValueError: fewer than K + 1 rows.
+
+    Cost: see `cut`, on one worker, which also holds 4 n d + 40 n n_edges bytes.
+    """
+    n = images.n_rows
+    if n <= n_clusters:
+        raise ValueError(
+            f"n_images={n} should be > n_clusters={n_clusters} to cut their graph; lower "
+            "--n-clusters or raise --max-graph-rows"
+        )
+
+    def write(writer: ArtifactWriter) -> None:
+        writer.start(n, "rows")
+        found = run_alone(
+            _cut,
+            config,
+            images,
+            counterparts,
+            image_neighbors,
+            text_neighbors,
+            n_clusters,
+            n_nouns,
+        )
+        ends = np.cumsum(images.part_rows)[:-1]
+        for ids in np.split(found.cluster_id, ends):
+            writer.add_part(pa.table({"cluster_id": ids.astype(np.int32)}))
+        writer.progress.advance(n)
+        writer.facts |= found.facts
+        writer.note_memory(found.memory_gb)
+
+    return store.run_stage(
+        "cut_graph",
+        version=1,
+        options={
+            "n_edges": config.n_edges,
+            "text_edges": config.text_edges,
+            "significance": config.significance,
+            "cluster_balance": config.cluster_balance,
+            "n_clusters": n_clusters,
+            "n_nouns": n_nouns,
+        },
+        inputs=[images, counterparts, image_neighbors, text_neighbors],
+        write=write,
+    )
+
+
+class _Found(NamedTuple):
+    cluster_id: NDArray[np.int64]
+    facts: dict[str, Any]
+    memory_gb: float
+
+
+def _cut(
+    config: CutGraphConfig,
+    images: Artifact,
+    counterparts: Artifact,
+    image_neighbors: Artifact,
+    text_neighbors: Artifact,
+    n_clusters: int,
+    n_nouns: int,
+) -> _Found:
+    embedding = torch.tensor(matrix(images.column("embedding")))
+
+    def edges(neighbors: Artifact, share: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        ends = matrix(neighbors.column("neighbor_row"))[:, : config.n_edges]
+        weights = edge_weights(embedding, torch.tensor(ends, dtype=torch.int64))
+        return ends, share * weights.numpy()
+
+    standing = counterparts.column("standing").to_numpy()
+    heard = share_in_words(standing, n_nouns, config.significance)
+    text_weight = {"gated": heard, "all": 1.0, "none": 0.0}[config.text_edges]
+    graph = join_edges(edges(image_neighbors, 1.0), edges(text_neighbors, text_weight))
+    found = cut(graph, n_clusters, balance=config.cluster_balance)
+    facts = {
+        "share_in_words": round(heard, 4),
+        "text_weight": round(text_weight, 4),
+        "eigenvalue": round(float(found.eigenvalues[-1]), 6),
+        "n_empty": n_clusters - len(np.unique(found.cluster_id)),
+    }
+    return _Found(found.cluster_id, facts, own_memory_gb())
