@@ -46,16 +46,41 @@ def synthetic_rows(n: int, width: int, kind: str, *, first: int = 0) -> NDArray[
     return np.concatenate(rows)[skip : skip + n].astype(np.float16)
 
 
-def synthetic_artifact(store: str, n: int, width: int, kind: str) -> Artifact:
-    """Such rows as embed_images would have written them."""
+def synthetic_directions(n: int, kind: str) -> NDArray[np.int64]:
+    """What direction or part each of the first `n` rows belongs to, (n,)."""
+    n_centers = 2000 if kind == "separated" else 200
+    drawn = [
+        np.random.default_rng([1, block]).integers(n_centers, size=BLOCK_ROWS)
+        for block in range(-(-n // BLOCK_ROWS))
+    ]
+    return np.concatenate(drawn)[:n]
+
+
+FIRST_NOUN = 1 << 40
+"""Row that nouns begin at, so that none is an image."""
+
+
+def synthetic_artifact(
+    store: str, n: int, width: int, kind: str, *, nouns: bool = False
+) -> Artifact:
+    """Such rows as embed_images would have written them, or embed_nouns."""
 
     def write(writer: ArtifactWriter) -> None:
         cuts = np.linspace(0, n, -(-n // PART_ROWS) + 1).astype(int)
         for first, last in pairwise(cuts.tolist()):
-            rows = synthetic_rows(last - first, width, kind, first=first)
-            writer.add_part(pa.table({"embedding": matrix_column(rows)}), plain=True)
+            ids = np.arange(first, last)
+            skip = FIRST_NOUN if nouns else 0
+            rows = synthetic_rows(last - first, width, kind, first=first + skip)
+            columns = {"noun_id": ids, "noun": [f"noun {i}" for i in ids]}
+            table = pa.table(columns if nouns else {"image_id": ids})
+            table = table.append_column("embedding", matrix_column(rows))
+            writer.add_part(table, plain=True)
 
     options: dict[str, Any] = {"n": n, "width": width, "kind": kind}
     return Store(store, Silent()).run_stage(
-        "embed_images", version=0, options=options, inputs=[], write=write
+        "embed_nouns" if nouns else "embed_images",
+        version=0,
+        options=options,
+        inputs=[],
+        write=write,
     )

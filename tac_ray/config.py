@@ -27,6 +27,11 @@ def _unhashed(default: Any) -> Any:
     return field(default=default, metadata={"changes_result": False})
 
 
+def _added(default: Any) -> Any:
+    """An option that is younger than artifacts people keep: its default leaves their hashes."""
+    return field(default=default, metadata={"hash_default": False})
+
+
 def _at_least(config: Any, **least: float) -> None:
     for name, minimum in least.items():
         value = getattr(config, name)
@@ -144,6 +149,10 @@ class SelectNounsConfig:
     """gamma."""
     selection_precision: Precision = "float32"
     """Arithmetic of Eq. 4; float16 gives the published code's ties."""
+    noun_score: Literal["confidence", "gradient", "transport"] = _added("confidence")
+    """How a noun is found good. confidence: Eq. 4; gradient: by how strongly it is pulled towards
+    one group of images (after GradNorm); transport: Eq. 4 after optimal transport, by which each
+    centroid draws nouns in proportion to its images (after CAE)."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -277,6 +286,9 @@ class CutGraphConfig:
 
     n_edges: int = 40
     """Neighbors of each kind that an image is joined with, of those that were found."""
+    edge_weight: Literal["similarity", "overlap"] = "similarity"
+    """What an edge weighs. similarity: how alike its ends look; overlap: that times how far they
+    mean the same nouns (after NTK-SC)."""
     text_edges: Literal["gated", "all", "none"] = "gated"
     """Edges to neighbors of the text counterpart. gated: weakened to the share of images that words
     say something about; all: as strong as those of images; none: images alone."""

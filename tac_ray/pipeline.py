@@ -41,7 +41,7 @@ from tac_ray.stages.import_embeddings import import_embeddings
 from tac_ray.stages.list_images import check_place, list_images
 from tac_ray.stages.match_clusters import MATCHING_FILE, match_clusters
 from tac_ray.stages.parts import map_parts
-from tac_ray.stages.sample_rows import sample_rows
+from tac_ray.stages.sample_rows import graph_rows
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.share_encoder import share_encoder
 from tac_ray.stages.train_heads import check_batch, train_heads
@@ -143,8 +143,8 @@ def run(config: TacConfig, progress: Progress | None = None) -> Run:
                 store,
                 config.cut_graph,
                 *joined["graph"],
+                selected,
                 n_clusters=config.n_clusters,
-                n_nouns=selected.n_rows,
             )
             steps.add("cut_graph", clusters)
             head = fit_head(
@@ -295,7 +295,8 @@ class _Steps:
             self.progress.say(f"{step}: node {lost[node]} was lost; what it held was made again")
         self._lost = lost
         self._artifacts[step] = artifact
-        self._seconds[step] = 0.0 if artifact.reused else artifact.manifest.seconds
+        # Two methods may ask for one step; the second finds it done.
+        self._seconds.setdefault(step, 0.0 if artifact.reused else artifact.manifest.seconds)
         self._run({}, finished=False).write()
         return artifact
 
@@ -400,23 +401,16 @@ def _rows_to_join(
     steps: _Steps, images: Artifact, counterparts: Artifact
 ) -> dict[Method, tuple[Artifact, Artifact]]:
     """Images and counterparts whose neighbors a method needs: all, or a sample for a graph."""
-    methods, n_rows = steps.config.methods, steps.config.cut_graph.max_graph_rows
+    config = steps.config
     rows: dict[Method, tuple[Artifact, Artifact]] = {}
-    if "tac" in methods:
+    if "tac" in config.methods:
         rows["tac"] = images, counterparts
-    if "graph" in methods and images.n_rows <= n_rows:
-        rows["graph"] = images, counterparts
-    elif "graph" in methods:
-        sampled = [
-            steps.add(
-                f"sample_rows:{kind}",
-                sample_rows(
-                    steps.store, embeddings, n_rows=n_rows, seed=steps.config.seed, title=kind
-                ),
-            )
-            for kind, embeddings in (("image", images), ("text", counterparts))
-        ]
-        rows["graph"] = sampled[0], sampled[1]
+    if "graph" in config.methods:
+        most = config.cut_graph.max_graph_rows
+        rows["graph"] = graph_rows(steps.store, images, counterparts, most=most, seed=config.seed)
+        for kind, sample in zip(("image", "text"), rows["graph"], strict=True):
+            if sample.manifest.stage == "sample_rows":
+                steps.add(f"sample_rows:{kind}", sample)
     return rows
 
 

@@ -11,6 +11,10 @@ from torch import Tensor
 
 Precision = Literal["float16", "float32"]
 
+GRADIENT_TEMPERATURE = 0.02
+"""Of the softmax behind `gradient_scores`. Similarities of nouns and images differ by some
+hundredths: at 1, as in Eq. 4, that softmax is nearly uniform and its gradient says little."""
+
 
 def n_semantic_centroids(
     n_images: int,
@@ -54,6 +58,38 @@ def classify_nouns(
         probability = torch.softmax(similarity, dim=1)
         centroid_id = (probability == confidence[:, None]).to(torch.int8).argmax(dim=1)
     return centroid_id, confidence.float()
+
+
+def gradient_scores(
+    nouns: Tensor, centroids: Tensor, *, temperature: float = GRADIENT_TEMPERATURE
+) -> tuple[Tensor, Tensor]:
+    """Each noun's most probable centroid, and how strongly the noun is pulled towards images.
+
+    The score is the norm of the gradient of a cross-entropy with respect to the noun's embedding,
+    between a target distribution over the centroids and the noun's softmax p over them, up to the
+    constant 1 / temperature: |sum_c (p_c - 1 / k) s_c|. A noun that is sure of one group of images
+    scores high also where several centroids share that group, between which its confidence would
+    be divided; a noun that fits all images alike scores 0.
+
+    Source: GradNorm (On the Provable Importance of Gradients for Language-Assisted Image
+    Clustering, ICCV 2025, arXiv 2510.16335), of which only the summary could be read. The uniform
+    target, the derivative with respect to the noun, the centroids in place of images and the
+    temperature are ours.
+
+    Args:
+        nouns: unit-norm text embeddings, (T, d).
+        centroids: unit-norm image centroids, (k, d).
+        temperature: of the softmax.
+
+    Returns:
+        centroid_id (T,) int64 and score (T,) float32.
+
+    Cost: 4 T k d operations; memory T k numbers, so callers pass nouns in batches.
+    """
+    nouns, centroids = nouns.float(), centroids.float()
+    probs = torch.softmax(nouns @ centroids.T / temperature, dim=1)
+    gradient = probs @ centroids - centroids.mean(dim=0)
+    return probs.argmax(dim=1), gradient.norm(dim=1)
 
 
 def top_nouns_per_centroid(

@@ -100,7 +100,8 @@ class Store:
             stage: name, first half of the folder's name.
             version: raised when the same options give another result.
             options: dataclass or dict. Fields whose metadata say `changes_result=False` are
-                left out of the fingerprint.
+                left out of the fingerprint, and those that say `hash_default=False` at their
+                default.
             inputs: artifacts it reads, or strings that stand for other inputs.
             write: makes the artifact; the manifest is written after it returns, so a stage that
                 was killed has left nothing that counts; it finds its unfinished files and may use
@@ -171,6 +172,7 @@ def result_options(options: Any) -> dict[str, Any]:
         for spec in fields(options)
         if spec.metadata.get("changes_result", True)
         for value in [getattr(options, spec.name)]
+        if spec.metadata.get("hash_default", True) or value != spec.default
     }
 
 

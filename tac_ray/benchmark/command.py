@@ -26,6 +26,7 @@ from tac_ray.benchmark.rows import (
     loss_rows,
     main_rows,
     n_clusters_rows,
+    option_rows,
 )
 from tac_ray.config import EncoderConfig, TacConfig, best, reference
 from tac_ray.pipeline import absolute_paths, ray_session
@@ -34,6 +35,7 @@ from tac_ray.stages.list_images import Labels
 
 TABLES: dict[str, Rows] = {
     "main": main_rows,
+    "options": option_rows,
     "4": centroid_rows,
     "5": loss_rows,
     "6": encoder_rows,
@@ -74,9 +76,9 @@ class Benchmark:
     """open_clip architectures, or `local-dir:PATH`; every data set is seen by each."""
     pretrained: str | None = "openai"
     """open_clip tag of the weights of all models; not used with `local-dir:`."""
-    table: Literal["main", "4", "5", "6"] = "main"
-    """main: baselines, TAC and best; 4: ways to find centroids; 5: terms of the loss; 6: encoders,
-    one --model each."""
+    table: Literal["main", "options", "4", "5", "6"] = "main"
+    """main: baselines, TAC and best; options: each part of best alone, and others; 4: ways to find
+    centroids; 5: terms of the loss; 6: encoders, one --model each."""
     figure: Literal["5"] | None = None
     """5: six options of TAC over their ranges, instead of a table."""
     n_clusters: _Numbers = ()

@@ -23,7 +23,7 @@ from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
 from tac_ray.stages.fit_head import fit_head
 from tac_ray.stages.list_images import list_images
-from tac_ray.stages.sample_rows import sample_rows
+from tac_ray.stages.sample_rows import graph_rows
 from tac_ray.stages.score_clusters import score_clusters, score_zero_shot
 from tac_ray.stages.select_nouns import select_nouns
 from tac_ray.stages.train_heads import HeadTraining, check_batch, train_heads_together
@@ -48,7 +48,7 @@ class Measurement:
     scored: Artifact
     """Of score_clusters."""
     seconds: float
-    """Of the stage that made the model: the head's training or its fit, or k-means."""
+    """Of the head's training, of k-means, or of cutting the graph and fitting its head."""
 
     @property
     def is_papers(self) -> bool:
@@ -85,6 +85,8 @@ class _Fit:
     training: HeadTraining | None = None
     class_nouns: Artifact | None = None
     """Embedded names of the classes: the model of "zero-shot"."""
+    graph_s: float = 0.0
+    """Seconds of cutting the graph that the model was fitted to."""
     counterparts: dict[Split, Artifact] = dataclasses.field(default_factory=dict)
     """Of every split, for models of [t~, v]."""
     on_test: Model | None = None
@@ -227,32 +229,23 @@ def _fit(store: Store, index: ShardGroup, seen: _Seen, case: Case, row: Row, see
         made = training(counterparts=words, text_neighbors=neighbors_of(words, "text"))
         return dataclasses.replace(fit, training=made)
     if row.method == "graph":
-        n_rows = config.cut_graph.max_graph_rows
-        joined = images, words
-        if images.n_rows > n_rows:
-            joined = (
-                sample_rows(store, images, n_rows=n_rows, seed=seed, title="image"),
-                sample_rows(store, words, n_rows=n_rows, seed=seed, title="text"),
-            )
+        most = config.cut_graph.max_graph_rows
+        rows = graph_rows(store, images, words, most=most, seed=seed)
+        neighbors = (neighbors_of(rows[0], "image"), neighbors_of(rows[1], "text"))
         clusters = cut_graph(
-            store,
-            config.cut_graph,
-            *joined,
-            neighbors_of(joined[0], "image"),
-            neighbors_of(joined[1], "text"),
-            n_clusters=row.n_clusters,
-            n_nouns=selected.n_rows,
+            store, config.cut_graph, *rows, *neighbors, selected, n_clusters=row.n_clusters
         )
         head = fit_head(
             store,
             config.fit_head,
-            joined[0],
+            rows[0],
             clusters,
             n_clusters=row.n_clusters,
             seed=seed,
             n_gpus=config.n_gpus,
         )
-        return dataclasses.replace(fit, model=Model(method="graph", artifact=head))
+        model = Model(method="graph", artifact=head)
+        return dataclasses.replace(fit, model=model, graph_s=clusters.manifest.seconds)
     on_test = None
     if "test" in seen.splits:
         artifact = clusters_of(counterparts["test"], seen.splits["test"][1])
@@ -323,7 +316,7 @@ def _score(store: Store, fit: _Fit) -> Iterator[Measurement]:
                 scored = score_clusters(
                     store, model, listing, images, counterparts, n_clusters=fit.row.n_clusters
                 )
-                seconds = model.artifact.manifest.seconds
+                seconds = fit.graph_s + model.artifact.manifest.seconds
             yield Measurement(
                 case=fit.case,
                 row=fit.row,

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tac_ray.benchmark import paper
 from tac_ray.benchmark.datasets import Dataset
@@ -11,7 +11,6 @@ from tac_ray.benchmark.paper import Numbers
 from tac_ray.config import METHOD_TITLES, EncoderConfig, TacConfig
 
 RowMethod = Literal["kmeans", "zero-shot", "scan", "sic", "train-free", "tac", "graph"]
-PUBLISHED: tuple[RowMethod, ...] = ("kmeans", "zero-shot", "scan", "sic", "train-free", "tac")
 TITLES = {**METHOD_TITLES, "zero-shot": "zero-shot (class names)", "scan": "SCAN", "sic": "SIC"}
 CENTROID_METHODS = ("kmeans", "agglomerative", "spectral", "dbscan", "none")
 FIGURE_5: dict[str, tuple[float, ...]] = {
@@ -77,14 +76,42 @@ def main_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
     config = _published_k(case, reference)
     rows = [
         _row(case, config, method, numbers=_numbers(case, paper.METHODS[method]))
-        for method in PUBLISHED
-        if method != "zero-shot" or case.dataset.class_names
+        for method in get_args(RowMethod)
+        if method in paper.METHODS and (method != "zero-shot" or case.dataset.class_names)
     ]
     if case.dataset.class_names:
         named = _row(case, config, "tac", numbers=_numbers(case, paper.CLASS_NAMES))
         title = f"{TITLES['tac']} with class names as nouns"
         rows.append(dataclasses.replace(named, title=title, by_class_names=True))
-    return [*rows, dataclasses.replace(_row(case, best, best.answer), title="best")]
+    return [*rows, dataclasses.replace(_row(case, best, "graph"), title="best")]
+
+
+def option_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
+    """What `best` is made of, and what it might have been: each alone on top of `reference`."""
+    config = _published_k(case, reference)
+    plain = _with(config, "cut_graph", text_edges="all", cluster_balance=0.0)
+    graphs = {
+        "graph of both": plain,
+        "graph of images": _with(plain, "cut_graph", text_edges="none"),
+        "graph of both, overlap": _with(plain, "cut_graph", edge_weight="overlap"),
+        "graph of both, gated": _with(plain, "cut_graph", text_edges="gated"),
+        "graph of both, balanced": _with(
+            plain, "cut_graph", cluster_balance=best.cut_graph.cluster_balance
+        ),
+    }
+    titled = [(title, "graph", options) for title, options in graphs.items()]
+    for score in ("gradient", "transport"):
+        scored = _with(config, "select_nouns", noun_score=score)
+        for method in ("train-free", "tac"):
+            titled.append((f"{TITLES[method]}, nouns by {score}", method, scored))
+    return [
+        *(_row(case, config, method) for method in ("kmeans", "train-free", "tac")),
+        *(
+            dataclasses.replace(_row(case, options, method), title=title)  # type: ignore[arg-type]
+            for title, method, options in titled
+        ),
+        dataclasses.replace(_row(case, best, "graph"), title="best"),
+    ]
 
 
 def centroid_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
@@ -150,10 +177,10 @@ def figure_5_rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row
 
 
 def n_clusters_rows(n_clusters: Sequence[int]) -> Rows:
-    """`best` with each of several K."""
+    """The default method with each of several K."""
 
     def rows(case: Case, reference: TacConfig, best: TacConfig) -> list[Row]:
-        row = _row(case, best, best.answer)
+        row = _row(case, best, "graph")
         return [dataclasses.replace(row, title=f"{k} clusters", n_clusters=k) for k in n_clusters]
 
     return rows

@@ -7,12 +7,16 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from tac_ray.algorithm.affinity import semantic_overlap
 from tac_ray.algorithm.graph import cut, edge_weights, join_edges, share_in_words
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import matrix
 from tac_ray.artifacts.store import ArtifactWriter, Store, own_memory_gb
 from tac_ray.config import CutGraphConfig
 from tac_ray.stages.alone import run_alone
+
+OVERLAP_TEMPERATURE = 0.02
+"""Of the softmax over nouns for `edge_weight="overlap"`."""
 
 
 def cut_graph(
@@ -22,24 +26,25 @@ def cut_graph(
     counterparts: Artifact,
     image_neighbors: Artifact,
     text_neighbors: Artifact,
+    selected: Artifact,
     *,
     n_clusters: int,
-    n_nouns: int,
 ) -> Artifact:
     """Join neighbors of both kinds and cut the graph into clusters.
 
-    Edges weigh what their ends look alike; those from text counterparts are multiplied by the
-    share of images that words say something about, so that words count where they fit.
+    Edges weigh what their ends look alike, and what words they share if asked for; those from text
+    counterparts are multiplied by the share of images that words say something about, so that
+    words count where they fit.
 
     Args:
         store: where artifacts lie.
-        config: how many edges, which of text, how much equal sizes are worth.
+        config: how many edges, their weights, which of text, how much equal sizes are worth.
         images: artifact of embed_images, or a sample of its rows.
         counterparts: artifact of build_counterparts, or the same sample of it.
         image_neighbors: artifact of find_neighbors over `images`.
         text_neighbors: artifact of find_neighbors over `counterparts`.
+        selected: artifact of select_nouns, whose nouns counterparts are made of.
         n_clusters: K.
-        n_nouns: nouns that counterparts are made of.
 
     Returns:
         Aligned with `images`: `cluster_id` int32. Facts: `share_in_words`, the weight of text edges
@@ -66,8 +71,8 @@ def cut_graph(
             counterparts,
             image_neighbors,
             text_neighbors,
+            selected,
             n_clusters,
-            n_nouns,
         )
         ends = np.cumsum(images.part_rows)[:-1]
         for ids in np.split(found.cluster_id, ends):
@@ -81,13 +86,13 @@ def cut_graph(
         version=1,
         options={
             "n_edges": config.n_edges,
+            "edge_weight": config.edge_weight,
             "text_edges": config.text_edges,
             "significance": config.significance,
             "cluster_balance": config.cluster_balance,
             "n_clusters": n_clusters,
-            "n_nouns": n_nouns,
         },
-        inputs=[images, counterparts, image_neighbors, text_neighbors],
+        inputs=[images, counterparts, image_neighbors, text_neighbors, selected],
         write=write,
     )
 
@@ -104,18 +109,23 @@ def _cut(
     counterparts: Artifact,
     image_neighbors: Artifact,
     text_neighbors: Artifact,
+    selected: Artifact,
     n_clusters: int,
-    n_nouns: int,
 ) -> _Found:
     embedding = torch.tensor(matrix(images.column("embedding")))
+    nouns = torch.tensor(matrix(selected.column("embedding")))
 
     def edges(neighbors: Artifact, share: float) -> tuple[NDArray[Any], NDArray[Any]]:
-        ends = matrix(neighbors.column("neighbor_row"))[:, : config.n_edges]
-        weights = edge_weights(embedding, torch.tensor(ends, dtype=torch.int64))
-        return ends, share * weights.numpy()
+        rows = torch.tensor(matrix(neighbors.column("neighbor_row")), dtype=torch.int64)
+        ends = rows[:, : config.n_edges]
+        if config.edge_weight == "overlap":
+            weights = semantic_overlap(embedding, nouns, ends, temperature=OVERLAP_TEMPERATURE)
+        else:
+            weights = edge_weights(embedding, ends)
+        return ends.numpy(), share * weights.numpy()
 
     standing = counterparts.column("standing").to_numpy()
-    heard = share_in_words(standing, n_nouns, config.significance)
+    heard = share_in_words(standing, len(nouns), config.significance)
     text_weight = {"gated": heard, "all": 1.0, "none": 0.0}[config.text_edges]
     graph = join_edges(edges(image_neighbors, 1.0), edges(text_neighbors, text_weight))
     found = cut(graph, n_clusters, balance=config.cluster_balance)

@@ -11,6 +11,27 @@ from tac_ray.artifacts.store import ArtifactWriter, Store
 from tac_ray.stages.parts import map_parts
 
 
+def graph_rows(
+    store: Store, images: Artifact, counterparts: Artifact, *, most: int, seed: int
+) -> tuple[Artifact, Artifact]:
+    """The images whose graph is cut, and their text counterparts: all, or a sample.
+
+    Args:
+        store: where artifacts lie.
+        images: artifact of embed_images.
+        counterparts: artifact of build_counterparts over `images`.
+        most: rows up to which all are taken, and rows of the sample beyond.
+        seed: of the sample.
+    """
+    if images.n_rows <= most:
+        return images, counterparts
+    image, text = (
+        sample_rows(store, embeddings, n_rows=most, seed=seed, title=kind)
+        for kind, embeddings in (("image", images), ("text", counterparts))
+    )
+    return image, text
+
+
 def sample_rows(
     store: Store, embeddings: Artifact, *, n_rows: int, seed: int, title: str
 ) -> Artifact:

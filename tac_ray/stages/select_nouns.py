@@ -1,11 +1,16 @@
 """Which nouns speak for the collection (Eq. 4-6)."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tac_ray.algorithm.nouns import classify_nouns, top_nouns_per_centroid
+from tac_ray.algorithm.nouns import classify_nouns, gradient_scores, top_nouns_per_centroid
+from tac_ray.algorithm.transport import SCORE_TEMPERATURE, transport_prices, transport_scores
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.schemas import SELECTED_NOUNS, matrix, matrix_column
 from tac_ray.artifacts.storage import array_from
@@ -22,19 +27,22 @@ def select_nouns(
 
     Args:
         store: where artifacts lie.
-        config: gamma and the precision of Eq. 4.
+        config: gamma, what makes a noun good, and the precision of Eq. 4.
         centroids: artifact of find_centroids; None keeps all nouns, as of one centroid.
         nouns: artifact of embed_nouns.
 
     Returns:
-        One part: `noun_id`, `noun`, `centroid_id`, `confidence`, `embedding`, in noun order.
+        One part: `noun_id`, `noun`, `centroid_id`, `confidence` (whatever the score is),
+        `embedding`, in noun order.
 
-    Cost: 2 T k d operations for T nouns. Peak memory: 4 BATCH_NOUNS k + 4 k d bytes, and 12 bytes
-    a noun.
+    Cost: 2 T k d operations for T nouns, twice that by gradient. Peak memory: 4 BATCH_NOUNS k
+    + 4 k d bytes, and 12 bytes a noun; by transport 2 T d bytes more, and the cost of
+    `transport_prices`.
     """
     options = {
         "nouns_per_centroid": config.nouns_per_centroid,
         "selection_precision": config.selection_precision,
+        **({} if config.noun_score == "confidence" else {"noun_score": config.noun_score}),
     }
 
     def write(writer: ArtifactWriter) -> None:
@@ -43,14 +51,12 @@ def select_nouns(
             selected = np.arange(nouns.n_rows)
             keep(writer, selected, np.zeros(len(selected), dtype=np.int64), np.ones(len(selected)))
             return
-        directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
+        score_nouns = _noun_scorer(config, centroids, nouns)
         ids, confidences = [], []
         for table in nouns.tables(["embedding"]):
             rows = torch.tensor(matrix(table["embedding"]))
             for batch in rows.split(BATCH_NOUNS):
-                centroid_id, confidence = classify_nouns(
-                    batch, directions, precision=config.selection_precision
-                )
+                centroid_id, confidence = score_nouns(batch)
                 ids.append(centroid_id)
                 confidences.append(confidence)
                 writer.progress.advance(len(batch))
@@ -90,6 +96,33 @@ def select_nouns(
         inputs=[nouns] if centroids is None else [centroids, nouns],
         write=write,
     )
+
+
+def _noun_scorer(
+    config: SelectNounsConfig, centroids: Artifact, nouns: Artifact
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What gives nouns (T, d) their centroid_id (T,) and score (T,)."""
+    directions = torch.from_numpy(array_from(centroids.folder.read("centroids.npy")))
+    if config.noun_score == "gradient":
+        return partial(gradient_scores, centroids=directions)
+    if config.noun_score == "transport":
+        prices = transport_prices(
+            torch.tensor(matrix(nouns.column("embedding"))),
+            directions,
+            _sizes(centroids, len(directions)),
+            temperature=SCORE_TEMPERATURE,
+        )
+        return partial(transport_scores, centroids=directions, prices=prices)
+    return partial(classify_nouns, centroids=directions, precision=config.selection_precision)
+
+
+def _sizes(centroids: Artifact, n_centroids: int) -> Tensor:
+    """Images of each centroid, (k,); 1 for one without any, since mass is above 0."""
+    sizes = np.zeros(n_centroids, dtype=np.int64)
+    for table in centroids.tables(["centroid_id"]):
+        ids = table["centroid_id"].to_numpy()
+        sizes += np.bincount(ids[ids >= 0], minlength=n_centroids)
+    return torch.from_numpy(np.maximum(sizes, 1))
 
 
 def _starts(artifact: Artifact) -> list[int]:

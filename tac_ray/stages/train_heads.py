@@ -388,7 +388,7 @@ def _worker_group(
 
 
 def _news(training: Future[Any], desk: Any) -> Iterator[_News | None]:
-    """What comes to the desk until the training has ended, and None between looks at it.
+    """What comes to the desk until the training has ended; None several times a second.
 
     Raises:
         Exception: why it ended, if not by itself.
@@ -397,8 +397,8 @@ def _news(training: Future[Any], desk: Any) -> Iterator[_News | None]:
     while running:
         running = not training.done()
         yield from ray.get(desk.take.remote())
-        yield None
         if running:
+            yield None
             time.sleep(0.2)
     training.result()
 
@@ -415,18 +415,19 @@ def _follow(
             # Also between epochs: Ray forgets a gauge that has not been set for 20 s.
             gauge.set(loss)
         if told is None or told.key != key:
-            continue  # nothing new, or a head that was handed over before a worker was lost
+            continue  # no news, or of a head that was handed over before a worker was lost
         if told.state is not None:
             if board:
                 board.close()
             return told.state
         line = told.line
-        if not math.isfinite(line["loss"]):
+        loss = line["loss"]
+        if not math.isfinite(loss):
             raise ValueError(
                 f"loss is not finite in epoch {line['epoch']}: {line}; lower --learning-rate"
             )
-        loss = line["loss"]
-        note = f"loss {line['loss']:.3f}, {line['changed']:.1%} changed cluster"
+        gauge.set(loss)
+        note = f"loss {loss:.3f}, {line['changed']:.1%} changed cluster"
         writer.progress.advance(1, f"{note}, {line['n_empty']} empty")
         if board:
             for name, value in line.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tac_ray.algorithm.nouns import (
     classify_nouns,
+    gradient_scores,
     mean_over_templates,
     n_semantic_centroids,
     top_nouns_per_centroid,
@@ -116,6 +117,39 @@ def test_classify_nouns_in_float16_stays_near_the_exact_confidence():
     _, confidence = classify_nouns(nouns, centroids, precision="float16")
     _, confidences = plain_classify(nouns, centroids)
     torch.testing.assert_close(confidence, torch.tensor(confidences), rtol=3e-3, atol=0)
+
+
+def test_gradient_scores_are_the_norm_of_a_gradient_that_autograd_finds():
+    nouns, centroids = unit_rows(20, 8, seed=10), unit_rows(6, 8, seed=11)
+    found_id, found = gradient_scores(nouns, centroids, temperature=0.3)
+    assert found.dtype == torch.float32
+    for row, noun in enumerate(nouns):
+        leaf = noun.clone().requires_grad_()
+        logits = centroids @ leaf / 0.3
+        F.cross_entropy(logits[None], torch.full((1, 6), 1 / 6, dtype=torch.float64)).backward()
+        assert leaf.grad is not None
+        assert found[row].item() == pytest.approx(0.3 * leaf.grad.norm().item(), abs=1e-6)
+        assert found_id[row] == logits.argmax()
+
+
+def test_gradient_scores_do_not_mind_that_centroids_share_a_group_of_images():
+    # Three centroids of one kind of images, one of another; a noun for either, and one for both.
+    centroids = F.normalize(
+        torch.tensor([[1.0, 0, 0], [1, 0.01, 0], [1, 0, 0.01], [-0.6, 0.8, 0]]), dim=1
+    )
+    shared, alone, neither = [1.0, 0.0, 0.0], [-0.6, 0.8, 0.0], [0.0, 0.0, 1.0]
+    nouns = torch.tensor([shared, alone, neither])
+    _, confidence = classify_nouns(nouns, centroids)
+    _, score = gradient_scores(nouns, centroids, temperature=0.1)
+    assert confidence[0] < 0.5 * (1 - 1e-2)
+    assert score[0] > 0.4
+    assert score[0] > 2 * score[2]
+    assert score[1] > 2 * score[2]
+
+
+def test_gradient_score_of_a_noun_that_fits_all_images_alike_is_0():
+    _, score = gradient_scores(torch.tensor([[0.0, 0.0, 1.0]]), torch.eye(3)[:2])
+    assert score.tolist() == pytest.approx([0.0], abs=1e-6)
 
 
 def test_top_nouns_keep_the_most_confident_of_each_centroid():

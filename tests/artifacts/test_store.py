@@ -304,6 +304,13 @@ def test_options_that_change_the_result_are_kept_at_every_depth():
     assert hash_of({"a": 1}) != hash_of({"a": "1"})
 
 
+def test_an_option_added_later_counts_only_away_from_its_default():
+    added = field(default="old", metadata={"hash_default": False})
+    later = dataclasses.make_dataclass("Later", [("width", int, 8), ("way", str, added)])
+    assert result_options(later()) == {"width": 8}
+    assert result_options(later(way="new")) == {"width": 8, "way": "new"}
+
+
 @pytest.mark.integration
 def test_an_object_store_is_written_by_whole_files(s3_path):
     folder = Folder(s3_path)

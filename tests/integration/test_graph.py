@@ -48,6 +48,16 @@ def collection(store: Store, kind: str, *, spread: float, standing: float) -> Ar
     return store.run_stage(kind, version=1, options={}, inputs=[], write=write)
 
 
+def nouns(store: Store) -> Artifact:
+    """A hundred of them, about nothing."""
+    rows = np.random.default_rng(9).standard_normal((100, WIDTH)).astype(np.float16)
+
+    def write(writer: ArtifactWriter) -> None:
+        writer.add_part(pa.table({"embedding": matrix_column(rows)}))
+
+    return store.run_stage("nouns", version=1, options={}, inputs=[], write=write)
+
+
 def test_clusters_of_a_samples_graph_are_told_of_all_rows(store: Store):
     images = collection(store, "images", spread=0.6, standing=0)
     texts = collection(store, "texts", spread=0.6, standing=9)
@@ -64,7 +74,7 @@ def test_clusters_of_a_samples_graph_are_told_of_all_rows(store: Store):
         neighbors = [
             find_neighbors(store, config, index, sample, seed=0, title="") for sample in samples
         ]
-    clusters = cut_graph(store, CutGraphConfig(), *samples, *neighbors, n_clusters=K, n_nouns=100)
+    clusters = cut_graph(store, CutGraphConfig(), *samples, *neighbors, nouns(store), n_clusters=K)
     assert clusters.part_rows == samples[0].part_rows
     assert clusters.facts["text_weight"] == clusters.facts["share_in_words"] == 1
     head = fit_head(store, FitHeadConfig(), samples[0], clusters, n_clusters=K, seed=0)
@@ -89,11 +99,13 @@ def test_words_that_fit_no_image_have_no_edges(store: Store):
         ]
 
     def facts(config: CutGraphConfig) -> dict[str, Any]:
-        return cut_graph(store, config, images, texts, *neighbors, n_clusters=K, n_nouns=100).facts
+        return cut_graph(store, config, images, texts, *neighbors, nouns(store), n_clusters=K).facts
 
     assert facts(CutGraphConfig())["text_weight"] == 0
     assert facts(CutGraphConfig(text_edges="all"))["text_weight"] == 1
     assert facts(CutGraphConfig(text_edges="none"))["text_weight"] == 0
+    by_words = CutGraphConfig(edge_weight="overlap")
+    assert facts(by_words)["eigenvalue"] != facts(CutGraphConfig())["eigenvalue"]
 
 
 def test_a_sample_smaller_than_the_clusters_is_refused(store: Store):
@@ -101,4 +113,4 @@ def test_a_sample_smaller_than_the_clusters_is_refused(store: Store):
     with pytest.raises(ValueError, match=r"n_rows=2 should be >= n_parts=3.*--max-graph-rows"):
         sample_rows(store, images, n_rows=2, seed=0, title="image")
     with pytest.raises(ValueError, match="n_images=3000 should be > n_clusters=3000"):
-        cut_graph(store, CutGraphConfig(), images, images, images, images, n_clusters=N, n_nouns=9)
+        cut_graph(store, CutGraphConfig(), images, images, images, images, images, n_clusters=N)
