@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tac_ray.algorithm.small import check_small
 from tac_ray.artifacts.manifest import Artifact
 from tac_ray.artifacts.store import Store
 from tac_ray.benchmark.rows import Case, Row
@@ -26,7 +27,7 @@ from tac_ray.stages.list_images import list_images
 from tac_ray.stages.sample_rows import graph_rows
 from tac_ray.stages.score_clusters import score_clusters, score_zero_shot
 from tac_ray.stages.select_nouns import select_nouns
-from tac_ray.stages.train_heads import HeadTraining, train_heads_together
+from tac_ray.stages.train_heads import HeadTraining, check_batch, train_heads_together
 
 Split = Literal["all", "train", "test"]
 Protocol = Literal["fitted on train", "fitted on test"]
@@ -106,8 +107,8 @@ def measure(
         seeds: of k-means and heads; what depends on none is measured once.
 
     Raises:
-        ValueError: a case has fewer images than a row has clusters, or other labels in test than
-            in train.
+        ValueError: a case has too few images for the clusters or the batch of a row, too many for
+            its way to find centroids, or other labels in test than in train.
 
     Cost: that of the stages, each once for what it depends on.
     """
@@ -115,6 +116,8 @@ def measure(
     for case, rows in wanted:
         config = rows[0].config
         seen = _see(store, case, config)
+        for row in rows:
+            _check_sizes(case, row, seen.train.n_rows)
         with ShardGroup(config.n_shards, config.n_gpus) as index:
             for row in rows:
                 for seed in seeds[:1] if row.method == "zero-shot" else seeds:
@@ -154,14 +157,21 @@ def _see(store: Store, case: Case, config: TacConfig) -> _Seen:
     return _Seen(spec=spec, encoder=encoder, splits=splits)
 
 
+def _check_sizes(case: Case, row: Row, n_images: int) -> None:
+    if n_images < row.n_clusters:
+        raise ValueError(
+            f"n_images={n_images} of {case.title} should be >= n_clusters={row.n_clusters}; "
+            "lower --n-clusters"
+        )
+    if row.config.select_nouns.centroid_method != "kmeans":
+        check_small(n_images, row.config.select_nouns.centroid_method)
+    if row.method in ("scan", "sic", "tac"):
+        check_batch(row.config.train_heads.resolve(row.n_clusters), n_images)
+
+
 def _fit(store: Store, index: ShardGroup, seen: _Seen, case: Case, row: Row, seed: int) -> _Fit:
     config = dataclasses.replace(row.config, n_clusters=row.n_clusters, seed=seed)
     images = seen.train
-    if images.n_rows < row.n_clusters:
-        raise ValueError(
-            f"n_images={images.n_rows} of {case.title} should be >= n_clusters={row.n_clusters}; "
-            "lower --n-clusters"
-        )
     fit = _Fit(case=case, row=row, seed=seed, seen=seen)
 
     def clusters_of(*embeddings: Artifact) -> Artifact:

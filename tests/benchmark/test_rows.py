@@ -36,7 +36,7 @@ def test_the_main_table(case: Case):
         ("best", None),
     ]
     assert all(row.config.select_nouns.n_centroids == 65 for row in rows[:-1])
-    assert rows[-1].config == BEST
+    assert (rows[-1].config, rows[-1].method) == (BEST, BEST.answer)
     nameless = dataclasses.replace(case.dataset, class_names={})
     fewer = main_rows(dataclasses.replace(case, dataset=nameless), REFERENCE, BEST)
     assert len(fewer) == len(rows) - 2

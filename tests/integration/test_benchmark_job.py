@@ -11,7 +11,7 @@ from tests.integration.conftest import write_images
 
 pytestmark = pytest.mark.integration
 
-N_TRAINED = 2 * 5  # SCAN, SIC, TAC, TAC with class names, best; from two seeds
+N_TRAINED = 2 * 4  # SCAN, SIC, TAC, TAC with class names; from two seeds
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_several_numbers_of_clusters_are_compared_without_labels(
     assert "take --n-clusters" in (out / "results.md").read_text()
 
 
-def test_what_is_not_there_is_said_in_a_line(
-    ray_cluster: None, common: list[str], tmp_path: Path, capsys: Any
+def test_what_is_not_there_or_does_not_fit_is_said_in_a_line(
+    ray_cluster: None, common: list[str], images: Path, tmp_path: Path, capsys: Any
 ):
     with pytest.raises(SystemExit):
         benchmark_command(["--images", str(tmp_path / "none"), "--out", str(tmp_path), *common])
@@ -116,3 +116,9 @@ def test_what_is_not_there_is_said_in_a_line(
     with pytest.raises(SystemExit):
         benchmark_command(["--dataset", "dtd", "--out", str(tmp_path), *common])
     assert "1 of --dataset and 0 of --data should be as many" in capsys.readouterr().err
+    larger = ["512" if option == "30" else option for option in common]
+    with pytest.raises(SystemExit):
+        benchmark_command(["--images", str(images), "--out", str(tmp_path), *larger])
+    said = capsys.readouterr()
+    assert "batch_size=512 should be <= n_images=60" in said.err
+    assert "find_centroids" not in said.out
