@@ -30,7 +30,7 @@ test-integration: $(READY)
 	$(BIN)/python -m pytest -m "integration or browser" --timeout 1200
 
 bench: $(READY)
-	@set -e; for name in embed kmeans neighbors; do $(BIN)/python benchmarks/$$name.py; done
+	@set -e; for name in embed kmeans neighbors head graph; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

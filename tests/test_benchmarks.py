@@ -70,6 +70,14 @@ def test_head_prints_json_lines_and_trains_as_its_peer():
     assert line["samples_per_s"] > 0
 
 
+def test_graph_prints_json_lines_and_finds_no_less_than_its_peer():
+    lines = quick("graph.py")
+    assert [line["case"] for line in lines] == ["K=10", "K=200"]
+    for line in lines:
+        assert line.keys() >= REQUIRED
+        assert line["acc"] > line["peer_acc"] - 0.02
+
+
 def test_embed_prints_json_lines(tiny_encoder_dir: Path):
     lines = quick("embed.py", "--model", f"local-dir:{tiny_encoder_dir}")
     assert [line["case"] for line in lines] == list(NEARNESS)

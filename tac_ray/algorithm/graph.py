@@ -87,7 +87,8 @@ def join_edges(*kinds: tuple[NDArray[np.integer], NDArray[np.floating]]) -> scip
     n = len(kinds[0][0])
     total = scipy.sparse.csr_array((n, n))
     for ends, weights in kinds:
-        starts, stops = np.repeat(np.arange(n), ends.shape[1]), ends.reshape(-1)
+        starts = np.repeat(np.arange(n, dtype=np.int32), ends.shape[1])
+        stops = ends.reshape(-1).astype(np.int32)
         weight = np.where(stops == starts, 0.0, weights.reshape(-1))
         total = total + scipy.sparse.csr_array((weight, (starts, stops)), shape=(n, n))
     return scipy.sparse.csr_array(total.maximum(total.T))
