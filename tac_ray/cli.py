@@ -222,8 +222,8 @@ def _plainly(work: Callable[[], T], *, verbose: bool) -> T:
         reason = str(error).strip().splitlines()[0]
         print(
             f"error: a worker ended again and again, as for lack of memory: {reason}; lower "
-            "--image-batch-size, raise --n-shards, or take nodes with more memory; --verbose "
-            "shows all of it",
+            "--image-batch-size or --max-graph-rows, raise --n-shards, or take nodes with more "
+            "memory; --verbose shows all of it",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -227,9 +227,9 @@ class TrainHeadsConfig:
     no step)."""
     balance_weight: float = 5.0
     """alpha."""
-    distillation_weight: float = 1.0
+    distillation_weight: float = _added(1.0)
     """Of L_Dis; 0 leaves it out."""
-    confidence_weight: float = 1.0
+    confidence_weight: float = _added(1.0)
     """Of L_Con; 0 leaves it out."""
     learning_rate: float = 1e-3
     """Of Adam, without schedule."""
@@ -419,10 +419,10 @@ def reference(**options: Any) -> TacConfig:
 
 
 def from_dict(options: dict[str, Any]) -> TacConfig:
-    """The configuration that run.json holds."""
+    """The configuration that run.json holds; what is younger than the run has its default."""
     values = dict(options)
     for spec in dataclasses.fields(TacConfig):
         if dataclasses.is_dataclass(spec.default):
-            values[spec.name] = type(spec.default)(**options[spec.name])
+            values[spec.name] = type(spec.default)(**options.get(spec.name, {}))
     values["methods"] = tuple(options["methods"])
     return TacConfig(**values)

@@ -30,7 +30,7 @@ from tac_ray.report.page import write_page
 from tac_ray.report.pictures import report
 from tac_ray.stages.assign_clusters import Model, assign_clusters
 from tac_ray.stages.build_counterparts import build_counterparts
-from tac_ray.stages.cut_graph import cut_graph
+from tac_ray.stages.cut_graph import check_graph, cut_graph
 from tac_ray.stages.embed_images import embed_images
 from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.evaluate import evaluate, read_scores
@@ -51,8 +51,8 @@ PROTOCOLS: dict[str, str] = {
     "kmeans": "k-means fitted on the embeddings of --images; other splits by nearest centroid",
     "train-free": "k-means fitted on [t~, v] of --images; other splits by nearest centroid",
     "tac": "heads trained on --images; other splits by the image head",
-    "turtle": "linear heads fitted on --images; all splits by them",
-    "graph": "graph of --images cut, a head fitted to its clusters; all splits by the head",
+    "turtle": "linear heads fitted on --images or a sample of them; all splits by the heads",
+    "graph": "graph of --images or a sample cut, a head fitted to it; all splits by the head",
     "kmeans@val": "k-means fitted on the embeddings of the scored split (published protocol)",
     "train-free@val": "k-means fitted on [t~, v] of the scored split (published protocol)",
 }
@@ -521,6 +521,8 @@ def _check_sizes(config: TacConfig, n_images: int) -> None:
         check_small(n_images, config.select_nouns.centroid_method)
     if "tac" in config.methods:
         check_batch(config.train_heads.resolve(config.n_clusters), n_images)
+    if "graph" in config.methods:
+        check_graph(config.cut_graph, n_images, config.n_clusters)
 
 
 def encoder_spec(config: TacConfig) -> EncoderSpec:

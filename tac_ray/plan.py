@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from tac_ray.algorithm.nouns import n_semantic_centroids
+from tac_ray.algorithm.turtle import turtle_flops
 from tac_ray.cluster import Cluster
 from tac_ray.config import TacConfig
 from tac_ray.index.join import LISTS_PER_ROOT
@@ -134,14 +135,20 @@ def make_plan(
     speed = rate.flops * n_units
 
     def stage(
-        name: str, workers: int, memory_gb: float, *, flops: float, written_gb: float = 0
+        name: str,
+        workers: int,
+        memory_gb: float,
+        *,
+        flops: float,
+        written_gb: float = 0,
+        rate_of: float = speed,
     ) -> StagePlan:
         return StagePlan(
             stage=name,
             n_workers=workers,
             memory_gb=memory_gb,
             flops=flops,
-            hours=flops / speed / 3600,
+            hours=flops / rate_of / 3600,
             written_gb=written_gb,
         )
 
@@ -214,18 +221,25 @@ def make_plan(
         stages.append(
             stage("train_heads", n_workers, PROCESS_GB + rows_gb, flops=each * n * heads.epochs)
         )
+    # These run on the cores of one node.
+    node = CORE.flops * cluster.n_cpus / cluster.n_nodes
     if "turtle" in config.methods:
         memory_gb = PROCESS_GB + 4 * n_graph * d / 1e9
-        flops = 6.0 * d * n_clusters * 11 * 2 * 150 * 1024
-        stages.append(stage("fit_turtle", 1, memory_gb, flops=flops))
+        flops = turtle_flops(d, n_clusters, n_spaces=2)
+        stages.append(stage("fit_turtle", 1, memory_gb, flops=flops, rate_of=node))
     if "graph" in config.methods:
         edges = 4 * config.cut_graph.n_edges
-        memory_gb = PROCESS_GB + n_graph * (32 * n_clusters + 4 * d + 12 * edges) / 1e9
+        vectors = 72 if n_graph <= 3 * n_clusters else 32
+        memory_gb = PROCESS_GB + n_graph * (vectors * n_clusters + 4 * d + 12 * edges) / 1e9
         flops = LANCZOS_PASSES * 8.0 * n_graph * n_clusters**2
-        stages.append(stage("cut_graph", 1, memory_gb, flops=flops, written_gb=4 * n_graph / 1e9))
+        written_gb = 4 * n_graph / 1e9
+        cut = stage("cut_graph", 1, memory_gb, flops=flops, written_gb=written_gb, rate_of=node)
+        stages.append(cut)
         epochs = config.fit_head.head_epochs
         flops = 6.0 * n_graph * d * (d + n_clusters) * epochs
-        stages.append(stage("fit_head", 1, PROCESS_GB + 4 * n_graph * d / 1e9, flops=flops))
+        memory_gb = PROCESS_GB + 4 * n_graph * d / 1e9
+        on_one = GPU.flops if on_gpu else node
+        stages.append(stage("fit_head", 1, memory_gb, flops=flops, rate_of=on_one))
     stages.append(
         stage(
             "assign_clusters",

@@ -58,7 +58,7 @@ def page(printed: str) -> Path:
 def test_the_demo_finds_its_classes(printed: str):
     rows = [line.split() for line in printed.splitlines() if line.startswith("all  ")]
     accuracy = [float(row[-3]) for row in rows]
-    assert len(accuracy) == 3  # k-means on embeddings, TAC without training, TAC
+    assert len(accuracy) == 3  # k-means on embeddings, TAC without training, the graph
     assert max(accuracy[1:]) > accuracy[0] > 50
 
 

@@ -45,10 +45,10 @@ def text_counterparts(
     dtype = torch.float16 if precision == "float16" else torch.float32
     images, nouns = images.to(dtype), nouns.to(dtype)
     similarity = images @ nouns.T
-    weights = torch.softmax(similarity / temperature, dim=1)
+    standing = _standing(similarity.float())
+    weights = torch.softmax(similarity.div_(temperature), dim=1)
     embedding = F.normalize((weights @ nouns).to(dtype), dim=1).float()
     strongest = weights.float().topk(min(n_strongest, nouns.shape[0]), dim=1)
-    standing = _standing(similarity.float())
     return Counterparts(embedding, strongest.indices, strongest.values, standing)
 
 

@@ -5,7 +5,7 @@ counterparts; how strongly, the images say. The graph is cut into K clusters by 
 its normalized adjacency. n images, m edges of each kind from an image, K clusters.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -13,7 +13,7 @@ import scipy.sparse
 import scipy.stats
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from tac_ray.algorithm.kmeans import normalize_rows
@@ -24,6 +24,8 @@ DENSE_ROWS = 1_000
 """Rows up to which all eigenvectors are computed: Lanczos wants many more rows than vectors."""
 TOLERANCE = 1e-4
 """Of the eigenvalues, relative."""
+MOST_RESTARTS = 500
+"""Of Lanczos; tens are usual."""
 REGULARIZATION = 0.1
 """Weight of a thin edge from every row to all others, as a share of the mean weight of a row (Amini
 et al., 2013): without it a few rows far from all others are a cluster."""
@@ -118,7 +120,10 @@ def cut(graph: scipy.sparse.csr_array, n_clusters: int, *, balance: float) -> Cu
         balance: how much more equal cluster sizes are worth; see `balanced_clusters`.
 
     Cost: Lanczos with 2 K vectors: some 8 n K^2 operations a restart, and 2 n K^2 for the
-    factorization. Memory: 8 n (4 K + edges of a row) bytes.
+    factorization. Memory: 8 n (4 K + edges of a row) bytes; 24 n^2 where n <= 3 K.
+
+    Raises:
+        ValueError: Lanczos does not find K eigenvectors.
     """
     values, vectors = _leading_eigenvectors(graph, n_clusters)
     rows = normalize_rows(vectors)
@@ -148,7 +153,7 @@ def _leading_eigenvectors(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     weight: NDArray[np.float64] = np.asarray(graph.sum(axis=1)).reshape(-1)
     n = len(weight)
-    thin = REGULARIZATION * weight.mean() / n
+    thin = REGULARIZATION * (weight.mean() or 1.0) / n  # images that have nothing in common
     scale: NDArray[np.float64] = 1 / np.sqrt(weight + thin * n)
     if n <= max(DENSE_ROWS, 3 * k):
         dense = scale[:, None] * (graph.toarray() + thin) * scale
@@ -156,7 +161,14 @@ def _leading_eigenvectors(
     else:
         start = np.random.default_rng(0).uniform(size=n)
         adjacency = _Adjacency(graph, thin, scale)
-        values, vectors = eigsh(adjacency, k=k, which="LA", v0=start, tol=TOLERANCE)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"v0": start, "tol": TOLERANCE, "maxiter": MOST_RESTARTS}
+        try:
+            values, vectors = eigsh(adjacency, k=k, which="LA", **options)
+        except ArpackNoConvergence as error:
+            raise ValueError(
+                f"n_clusters={k} should be at most the {len(error.eigenvalues)} eigenvectors that "
+                f"Lanczos found of a graph of {n} images, many of them alike; lower --n-clusters"
+            ) from error
     order = np.argsort(-values, kind="stable")
     return values[order], vectors[:, order]
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
+STEPS, BATCH_SIZE, LEARNER_STEPS = 150, 1024, 10
+
 
 class LinearHead(nn.Module):
     """Softmax of a linear map of one space's embeddings.
@@ -40,9 +42,9 @@ def fit_linear_heads(
     n_clusters: int,
     *,
     seed: int,
-    steps: int = 150,
-    batch_size: int = 1024,
-    learner_steps: int = 10,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learner_steps: int = LEARNER_STEPS,
     learning_rate: float = 1e-2,
     learner_learning_rate: float = 1e-3,
     balance_weight: float = 10.0,
@@ -101,6 +103,11 @@ def fit_linear_heads(
         turtle_loss(probs, scores, balance_weight).backward()
         optimizer.step()
     return heads
+
+
+def turtle_flops(width: int, n_clusters: int, *, n_spaces: int) -> float:
+    """Operations of `fit_linear_heads` with its own steps, in spaces of one width."""
+    return 6.0 * width * n_clusters * (LEARNER_STEPS + 1) * BATCH_SIZE * STEPS * n_spaces
 
 
 def turtle_loss(probs: Sequence[Tensor], scores: Sequence[Tensor], balance_weight: float) -> Tensor:

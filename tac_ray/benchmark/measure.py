@@ -17,7 +17,7 @@ from tac_ray.pipeline import embed, encoder_spec, for_all_nodes
 from tac_ray.plan import n_semantic
 from tac_ray.stages.assign_clusters import Model
 from tac_ray.stages.build_counterparts import build_counterparts
-from tac_ray.stages.cut_graph import cut_graph
+from tac_ray.stages.cut_graph import check_graph, cut_graph
 from tac_ray.stages.embed_nouns import embed_nouns
 from tac_ray.stages.find_centroids import find_centroids, find_small_centroids
 from tac_ray.stages.find_neighbors import find_neighbors
@@ -167,6 +167,8 @@ def _check_sizes(case: Case, row: Row, n_images: int) -> None:
         check_small(n_images, row.config.select_nouns.centroid_method)
     if row.method in ("scan", "sic", "tac"):
         check_batch(row.config.train_heads.resolve(row.n_clusters), n_images)
+    if row.method == "graph":
+        check_graph(row.config.cut_graph, n_images, row.n_clusters)
 
 
 def _fit(store: Store, index: ShardGroup, seen: _Seen, case: Case, row: Row, seed: int) -> _Fit:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tac_ray.artifacts.run import Run
-from tac_ray.config import EmbedNounsConfig, EncoderConfig, TacConfig, TrainHeadsConfig, best
+from tac_ray.config import EmbedNounsConfig, EncoderConfig, TacConfig, best
 
 _HERE = Path(__file__).parent
 IMAGES = _HERE / "images"
@@ -15,18 +15,13 @@ ENCODER = _HERE / "encoder"
 
 
 def demo_config(out: str) -> TacConfig:
-    """The demo's run: its classes as the number of clusters, nouns for things one can see.
-
-    Its 1,390 pictures would give the heads two steps an epoch with a batch of 512, so the batch is
-    smaller and there are more epochs.
-    """
+    """The demo's run: its classes as the number of clusters, nouns for things one can see."""
     return best(
         images=str(IMAGES),
         n_clusters=sum(folder.is_dir() for folder in IMAGES.iterdir()),
         out=out,
         encoder=EncoderConfig(model=f"local-dir:{ENCODER}"),
         embed_nouns=EmbedNounsConfig(nouns="short"),
-        train_heads=TrainHeadsConfig(epochs=40, batch_size=256),
     )
 
 

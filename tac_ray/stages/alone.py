@@ -1,4 +1,4 @@
-"""Run a function on one worker that has the cores of its node to itself."""
+"""Run a function on one worker that uses all cores of its node, when nothing else runs."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -50,20 +50,11 @@ def cut_graph(
         Aligned with `images`: `cluster_id` int32. Facts: `share_in_words`, the weight of text edges
         and the K-th eigenvalue.
 
-    Raises:
-        ValueError: fewer than K + 1 rows.
-
     Cost: see `cut`, on one worker, which also holds 4 n d + 40 n n_edges bytes.
     """
-    n = images.n_rows
-    if n <= n_clusters:
-        raise ValueError(
-            f"n_images={n} should be > n_clusters={n_clusters} to cut their graph; lower "
-            "--n-clusters or raise --max-graph-rows"
-        )
 
     def write(writer: ArtifactWriter) -> None:
-        writer.start(n, "rows")
+        writer.start(images.n_rows, "rows")
         found = run_alone(
             _cut,
             config,
@@ -77,7 +68,7 @@ def cut_graph(
         ends = np.cumsum(images.part_rows)[:-1]
         for ids in np.split(found.cluster_id, ends):
             writer.add_part(pa.table({"cluster_id": ids.astype(np.int32)}))
-        writer.progress.advance(n)
+        writer.progress.advance(images.n_rows)
         writer.facts |= found.facts
         writer.note_memory(found.memory_gb)
 
@@ -95,6 +86,20 @@ def cut_graph(
         inputs=[images, counterparts, image_neighbors, text_neighbors, selected],
         write=write,
     )
+
+
+def check_graph(config: CutGraphConfig, n_images: int, n_clusters: int) -> None:
+    """Refuse a graph that has no K eigenvectors beside the first.
+
+    Raises:
+        ValueError: not more rows than clusters.
+    """
+    n_rows = min(n_images, config.max_graph_rows)
+    if n_rows <= n_clusters:
+        raise ValueError(
+            f"n_images={n_rows} should be > n_clusters={n_clusters} to cut their graph; lower "
+            "--n-clusters, raise --max-graph-rows or choose other --methods"
+        )
 
 
 class _Found(NamedTuple):

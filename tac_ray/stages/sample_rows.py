@@ -63,6 +63,9 @@ def sample_rows(
         writer.start(n_rows, "rows")
         share = np.cumsum([0, *embeddings.part_rows]) / embeddings.n_rows
         cuts = np.round(share * n_rows).astype(int)
+        # A row at least of each part, also of a last one that is short.
+        rank = np.arange(n_parts + 1)
+        cuts = np.minimum(np.maximum.accumulate(cuts - rank) + rank, n_rows - rank[::-1])
         arguments = (
             (writer.folder, i, embeddings.folder, part, _drawn(part.rows, last - first, seed, i))
             for i, (part, (first, last)) in enumerate(

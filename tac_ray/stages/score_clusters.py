@@ -42,8 +42,8 @@ def score_clusters(
         Parts of `cluster_id` int32 aligned with `images`. Facts: `sizes` of the clusters and, where
         the listing has labels, `acc`, `nmi`, `ari`.
 
-    Cost: 2 N d (d + K) operations with heads. Peak memory a worker: one part and 1 byte a row of
-    the labels; the driver holds 8 K bytes a label.
+    Cost: 2 N d (d + K) operations with heads. Peak memory a worker: one part and 4 bytes a row of
+    the collection, for its labels; the driver holds the labels of all rows and 8 K bytes a label.
     """
     beside = counterparts if model.sees_text else None
     return _score(

@@ -85,16 +85,9 @@ class HeadTraining:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the heads depend on beside them, once the options are resolved.
-
-        Options that came later than the first heads count only where they say something else than
-        those had.
-        """
+        """What the heads depend on beside them, once the options are resolved."""
         kept = result_options(self.config)
         del kept["batch_over_n"]
-        for weight in ("distillation_weight", "confidence_weight"):
-            if kept[weight] == 1:
-                del kept[weight]
         if self.objective != "tac":
             kept = {name: kept[name] for name in kept if name not in _TAC_OPTIONS}
             kept["objective"] = self.objective
@@ -376,15 +369,16 @@ def _worker_group(
             storage_filesystem=None
             if is_local(checkpoints.path)
             else PyFileSystem(FSSpecHandler(fs)),
-            failure_config=FailureConfig(max_failures=3),
+            failure_config=FailureConfig(max_failures=3 * len(trainings)),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    try:
-        with ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(1) as background:
+        try:
             yield _news(background.submit(trainer.fit), desk)
-    finally:
-        ray.kill(desk)
+        finally:
+            # Workers that still train find nobody to tell, and end: nothing would take their heads.
+            ray.kill(desk)
 
 
 def _news(training: Future[Any], desk: Any) -> Iterator[_News | None]:
@@ -463,6 +457,8 @@ def _train_worker(told: dict[str, Any]) -> None:
         inputs = [artifact.fingerprint for artifact in training.inputs]
         if rows is None or inputs != rows_of:
             rows, rows_of = None, inputs  # the memory of the last ones is free for these
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             room = room_bytes(device, context.get_local_world_size())
             rows = load_rows(training, device, room)
         state = begun if begun and begun["key"] == key else None

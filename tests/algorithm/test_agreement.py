@@ -1,4 +1,4 @@
-"""Choosing among clusterings, and joining them."""
+"""How far clusterings agree."""
 
 import numpy as np
 import pytest

@@ -108,9 +108,12 @@ def test_words_that_fit_no_image_have_no_edges(store: Store):
     assert facts(by_words)["eigenvalue"] != facts(CutGraphConfig())["eigenvalue"]
 
 
-def test_a_sample_smaller_than_the_clusters_is_refused(store: Store):
-    images = collection(store, "images", spread=0.6, standing=0)
+def test_every_part_is_in_a_sample(store: Store):
+    def write(writer: ArtifactWriter) -> None:
+        for rows in (1000, 1000, 1):
+            writer.add_part(pa.table({"image_id": np.arange(rows)}))
+
+    images = store.run_stage("images", version=1, options={}, inputs=[], write=write)
+    assert sample_rows(store, images, n_rows=100, seed=0, title="").part_rows == [50, 49, 1]
     with pytest.raises(ValueError, match=r"n_rows=2 should be >= n_parts=3.*--max-graph-rows"):
         sample_rows(store, images, n_rows=2, seed=0, title="image")
-    with pytest.raises(ValueError, match="n_images=3000 should be > n_clusters=3000"):
-        cut_graph(store, CutGraphConfig(), images, images, images, images, images, n_clusters=N)

@@ -15,6 +15,7 @@ from tac_ray.artifacts.run import Run
 from tac_ray.artifacts.schemas import CLUSTERS
 from tac_ray.cli import run_command
 from tac_ray.config import (
+    CutGraphConfig,
     EmbedImagesConfig,
     EmbedNounsConfig,
     EncoderConfig,
@@ -120,6 +121,28 @@ def test_assign_puts_new_images_into_the_runs_clusters(finished: Run, tmp_path: 
     assert table.num_rows == 15
     assert set(table["cluster_name"].to_pylist()) <= set(finished.names["name"].to_pylist())
     assert assigned.scores["new"]["tac"].keys() == {"acc", "nmi", "ari"}
+
+
+def test_the_graph_of_a_sample_tells_clusters_of_all_and_of_new_images(
+    config: TacConfig, tmp_path: Path
+):
+    sampled = dataclasses.replace(
+        config,
+        methods=("turtle", "graph"),
+        out=str(tmp_path / "run"),
+        cut_graph=CutGraphConfig(max_graph_rows=30, n_edges=8),
+    )
+    found = tac_ray.run(sampled)
+    assert found.artifact("sample_rows:image").n_rows == 30
+    assert found.artifact("find_neighbors:text of sample").n_rows == 30
+    assert found.clusters.to_table().num_rows == 60
+    assert found.scores["all"]["graph"]["acc"] > 0.9
+    new = write_images(tmp_path / "new", 5, seed=1)
+    assigned = tac_ray.assign(found.out, images=str(new), out=str(tmp_path / "assigned"))
+    assert assigned.scores["new"]["graph"]["acc"] > 0.9
+    again = dataclasses.replace(sampled, seed=5, match_run=found.out, out=str(tmp_path / "again"))
+    names = [row["name"] for row in tac_ray.run(again).names.to_pylist()]
+    assert names == [row["name"] for row in found.names.to_pylist()]
 
 
 def test_a_run_over_a_grown_folder_keeps_the_ids_and_names_of_clusters(
