@@ -259,12 +259,16 @@ BAD_INPUT = {
     "missing encoder folder": ({"--model": "local-dir:lost"}, "no open_clip_config.json"),
     "missing nouns": ({"--nouns": "lost.txt"}, "lost.txt"),
     "batch that leaves no step": (
-        {"--batch-size": "64", "--batch-over-n": "refuse"},
+        {"--methods": "tac", "--batch-size": "64", "--batch-over-n": "refuse"},
         "batch_size=64 should be <= n_images=60",
     ),
     "batch smaller than the workers": (
-        {"--batch-size": "3", "--n-workers": "2"},
+        {"--methods": "tac", "--batch-size": "3", "--n-workers": "2"},
         "batch_size=3 should be >= 2 x n_workers=2",
+    ),
+    "no more images than clusters": (
+        {"--n-clusters": "60"},
+        "n_images=60 should be > n_clusters=60",
     ),
 }
 
