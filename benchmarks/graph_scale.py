@@ -50,7 +50,11 @@ def listing(store: Store, n: int) -> Artifact:
 
 
 def main(
-    rows: int = 1_281_167, clusters: int = 1000, nouns: int = 119_034, width: int = 512
+    rows: int = 1_281_167,
+    clusters: int = 1000,
+    nouns: int = 119_034,
+    width: int = 512,
+    restarts: int = 3,
 ) -> None:
     """Measure and print.
 
@@ -59,6 +63,7 @@ def main(
         clusters: K.
         nouns: nouns to select from.
         width: d.
+        restarts: of k-means for the semantic centroids.
     """
     config = tac_ray.best(images="", out="", n_clusters=clusters, methods=("graph",))
     made: dict[str, Artifact] = {}
@@ -87,7 +92,7 @@ def main(
                 index,
                 [images],
                 n_centroids=n_semantic(config, rows),
-                restarts=config.kmeans.centroid_restarts,
+                restarts=restarts,
                 seed=0,
                 title="semantic",
             )
@@ -138,6 +143,7 @@ def main(
         "peak_rss_gb": max(artifact.manifest.peak_memory_gb for artifact in made.values()),
         "n_rows": rows,
         "n_clusters": clusters,
+        "centroid_restarts": restarts,
         "in_commonest_cluster": round(float(most.sum() / rows), 4),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
