@@ -293,8 +293,9 @@ class CutGraphConfig:
     text_edges: Literal["gated", "all", "none"] = "gated"
     """Edges to neighbors of the text counterpart. gated: weakened to the share of images that words
     say something about; all: as strong as those of images; none: images alone."""
-    significance: float = 0.05
-    """At which a noun stands out from the others for an image (Grubbs' test), for gated edges."""
+    significance: float = 0.5
+    """How often a noun would stand out from the others for an image that none fits (Grubbs' test),
+    for gated edges: at 0.5 they weigh half where words say no more than chance."""
     cluster_balance: float = 0.4
     """How much clusters of equal sizes are worth beside similar images; 0: nothing."""
     max_graph_rows: int = 50_000
