@@ -347,7 +347,9 @@ def _fill(
                 fn_constructor_args=(spec, config.image_batch_size, workers.n_threads, embeddings),
                 batch_size=BATCH_ROWS,
                 max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
+                # Restarts are what ends it: tries are spent in seconds on a node that is gone and
+                # not yet known to be.
+                max_task_retries=-1,
                 compute=_encoders(workers),
                 num_cpus=workers.num_cpus,
                 num_gpus=workers.num_gpus or None,

@@ -111,7 +111,7 @@ def _embed(
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,
         max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
+        max_task_retries=-1,  # as of the encoders of images
     )
     actors = [
         actor.remote(spec, config.text_batch_size, workers.n_threads) for _ in range(workers.n)
