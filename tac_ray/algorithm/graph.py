@@ -119,8 +119,8 @@ def cut(graph: scipy.sparse.csr_array, n_clusters: int, *, balance: float) -> Cu
         n_clusters: K.
         balance: how much more equal cluster sizes are worth; see `balanced_clusters`.
 
-    Cost: Lanczos with 2 K vectors: some 8 n K^2 operations a restart, and 2 n K^2 for the
-    factorization. Memory: 8 n (4 K + edges of a row) bytes; 24 n^2 where n <= 3 K.
+    Cost: Lanczos with 2 K vectors: some 12 n K^2 operations a restart, which wait for memory, and
+    2 n K^2 for the factorization. Memory: 8 n (4 K + edges of a row) bytes; 24 n^2 where n <= 3 K.
 
     Raises:
         ValueError: Lanczos does not find K eigenvectors.
