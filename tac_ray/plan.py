@@ -242,7 +242,7 @@ def make_plan(
         stages.append(cut)
         epochs = config.fit_head.head_epochs
         flops = 6.0 * n_graph * d * (d + n_clusters) * epochs
-        memory_gb = PROCESS_GB + 4 * n_graph * d / 1e9
+        memory_gb = PROCESS_GB + 8 * n_graph * d / 1e9
         on_one = GPU.flops if on_gpu else node
         stages.append(stage("fit_head", 1, memory_gb, flops=flops, rate_of=on_one))
     stages.append(

@@ -51,7 +51,7 @@ def fit_head(
         `head.safetensors`; `head.json` (width, K); `metrics.jsonl`, of every epoch: loss and the
         share of rows to which the head gave their cluster.
 
-    Cost: 6 n d (d + K) operations an epoch, on one worker that holds 4 n d bytes.
+    Cost: 6 n d (d + K) operations an epoch, on one worker that holds 8 n d bytes.
     """
     batch_size = min(config.head_batch_size, images.n_rows)
     epochs = max(config.head_epochs, -(-FEWEST_STEPS // (images.n_rows // batch_size)))
@@ -102,11 +102,12 @@ def _fit(
     images: Artifact, clusters: Artifact, n_clusters: int, epochs: int, batch_size: int, seed: int
 ) -> _Fitted:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    embedding = torch.tensor(matrix(images.column("embedding"))).to(device).float()
+    # In float64: training enlarges rounding, and that of float32 depends on the number of cores.
+    embedding = torch.tensor(matrix(images.column("embedding"))).to(device).double()
     cluster_id = torch.tensor(clusters.column("cluster_id").to_numpy()).to(device).long()
     n, width = embedding.shape
     generator = torch.Generator().manual_seed(seed)
-    head = ClusterHead(width, n_clusters, generator=generator).to(device)
+    head = ClusterHead(width, n_clusters, generator=generator).to(device).double()
     optimizer = torch.optim.Adam(head.parameters(), lr=LEARNING_RATE, betas=BETAS, fused=True)
     metrics = []
     for epoch in range(epochs):
@@ -123,5 +124,7 @@ def _fit(
             agreed += (probs.argmax(dim=1) == cluster_id[rows]).float().mean()
         means = {"loss": loss.item() / len(steps), "agreement": agreed.item() / len(steps)}
         metrics.append({"epoch": epoch + 1, **means})
-    weights = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+    weights = {
+        name: tensor.cpu().contiguous() for name, tensor in head.float().state_dict().items()
+    }
     return _Fitted(weights, metrics, own_memory_gb())
