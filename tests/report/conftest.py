@@ -109,7 +109,9 @@ def make_run(ray_cluster: None, tmp_path: Path, silent_progress: Any) -> RunFact
                 seed=0,
             )
             scores = read_scores(made["evaluate"])
-        config = best(images=images, n_clusters=k, out=str(tmp_path / "run"))
+        config = best(
+            images=images, n_clusters=k, out=str(tmp_path / "run"), methods=("kmeans", "tac")
+        )
         run = Run(
             out=config.out,
             config=dataclasses.asdict(config),
