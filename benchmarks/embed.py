@@ -5,15 +5,18 @@
 
 | case | what | peer, on the same data, encoder and threads |
 |---|---|---|
-| embed-fp32, embed-bf16 | the stage, first batch to last | read, decode, encode in a loop |
+| embed-fp32, -bf16, -fp16 | the stage, first batch to last | read, decode, encode in a loop |
+| embed-fp16-nvjpeg | it, decoding on the GPU | the same loop, decoding on cores |
 | texts | sorted, cut at the longest, heads shared | open_clip's encode_text, 77 tokens a text |
 | list | the stage on a flat prefix, over HTTP | one call after the other |
 
-One JSON object a line. The loop decodes the images of a batch on as many threads as it encodes
-with; it does half of the images before the stage and half after, since machines drift. The bucket
-is a server on this machine that waits `--latency-ms` before each answer.
+One JSON object a line. All run on a GPU where there is one, for which the cases of fp16 are. The
+loop decodes the images of a batch on as many threads as torch has; it does half of the images
+before the stage and half after, since machines drift. The bucket is a server on this machine that
+waits `--latency-ms` before each answer.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -51,7 +54,8 @@ from tac_ray.stages.list_images import list_images
 
 ARCHITECTURE = "ViT-B-32-quickgelu"
 LISTING_SERVER = Path(__file__).parents[1] / "tests" / "listing_server.py"
-BATCH_SIZE = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH_SIZE = 256 if DEVICE == "cuda" else 16
 Line = dict[str, Any]
 
 
@@ -60,7 +64,7 @@ class Options:
     """What to measure."""
 
     cases: tuple[str, ...] = ("embed-fp32", "embed-bf16", "texts", "list")
-    """Which of the four."""
+    """Which of those above."""
     model: str | None = None
     """An encoder as `--model` of tac-ray; default is ViT-B/32's architecture, random weights."""
     images: int = 2000
@@ -88,8 +92,9 @@ def main(options: Options) -> None:
             torch.save(model.state_dict(), pretrained)
         specs = {
             precision: EncoderSpec(model=name, pretrained=pretrained, precision=precision)
-            for precision in ("fp32", "bf16")
+            for precision in ("fp32", "bf16", "fp16")
         }
+        specs["fp16-nvjpeg"] = dataclasses.replace(specs["fp16"], decode_on_gpu=True)
         fp32_rate = 0.0
         for case in options.cases:
             if case == "texts":
@@ -106,6 +111,8 @@ def main(options: Options) -> None:
                 elif fp32_rate:
                     line["speedup_over_fp32"] = round(line["images_per_s"] / fp32_rate, 2)
             machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+            if DEVICE == "cuda":
+                machine += f", {torch.cuda.get_device_name()}"
             figures = {
                 "benchmark": "embed",
                 "case": case,
@@ -120,13 +127,17 @@ def main(options: Options) -> None:
 def write_photos(folder: Path, n: int) -> None:
     """JPEGs of 500 x 375 pixels with smooth colors and some grain, about 70 kB each."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(n):
+
+    def write(i: int) -> None:
+        rng = np.random.default_rng(i)
         colors = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         grain = rng.normal(0, 8, (375, 500, 1))
         pixels = np.asarray(colors.resize((500, 375), Image.Resampling.BICUBIC)) + grain
         photo = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         photo.save(folder / f"{i:06d}.jpg", quality=90)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(write, range(n)))
 
 
 def embed(folder: str, photos: Path, spec: EncoderSpec) -> Line:
@@ -138,7 +149,7 @@ def embed(folder: str, photos: Path, spec: EncoderSpec) -> Line:
     with tempfile.TemporaryDirectory(dir=folder) as store_path, ray_session():
         store = Store(store_path, Silent())
         listed = list_images(store, str(photos), labels="none")
-        encoder = spec.load()
+        encoder = spec.load(DEVICE)
         config = EmbedImagesConfig(image_batch_size=BATCH_SIZE)
         artifact = embed_images(store, config, spec, encoder, listed)
         ours = matrix(artifact.column("embedding")).astype(np.float32)
@@ -167,7 +178,7 @@ def embed(folder: str, photos: Path, spec: EncoderSpec) -> Line:
 
 def loop(paths: list[Path], spec: EncoderSpec, n_threads: int) -> tuple[NDArray[np.float32], float]:
     """Embeddings of images, and the seconds without those for loading the encoder."""
-    encoder = spec.load()
+    encoder = spec.load(DEVICE)
 
     def load(path: Path) -> NDArray[np.uint8]:
         return decode_image(path.read_bytes(), encoder.crop)
@@ -189,14 +200,14 @@ def texts(spec: EncoderSpec, n_nouns: int, batch_size: int = 64) -> Line:
     chosen = nouns[:: len(nouns) // n_nouns][:n_nouns]
     prompted = [prompt for noun in chosen for prompt in prompts(noun)]
     n = len(prompted)
-    encoder = spec.load()
-    model = open_clip.create_model(spec.model, pretrained=spec.pretrained).eval()
+    encoder = spec.load(DEVICE)
+    model = open_clip.create_model(spec.model, pretrained=spec.pretrained, device=DEVICE).eval()
     tokenize = open_clip.get_tokenizer(spec.model)
 
     @torch.inference_mode()
     def theirs() -> Tensor:
         batches = tokenize(prompted).split(batch_size)
-        return torch.cat([model.encode_text(batch) for batch in batches])
+        return torch.cat([model.encode_text(batch.to(DEVICE)).cpu() for batch in batches])
 
     ours, seconds = timed(lambda: encoder.encode_prompts(chosen, batch_size=batch_size))
     expected, peer_seconds = timed(theirs)

@@ -4,11 +4,13 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tac_ray.algorithm.distributed import n_workers as count_workers
 from tac_ray.algorithm.distributed import sum_workers
 from tac_ray.algorithm.sampling import epoch_neighbors, epoch_rows
 
@@ -53,11 +55,11 @@ class TrainingRows:
         """
         n_rows, n_neighbors = self.image_neighbors.shape
         home = self.images.device
-        steps = epoch_rows(n_rows, batch_size=batch_size, seed=seed, epoch=epoch)
+        steps = epoch_rows(n_rows, batch_size=batch_size, seed=seed, epoch=epoch).to(home)
         image_draws, text_draws = epoch_neighbors(n_rows, n_neighbors, seed=seed, epoch=epoch)
 
         def gather(step: Tensor) -> Batch:
-            rows = step.tensor_split(n_workers)[rank].to(home)
+            rows = step.tensor_split(n_workers)[rank]
             image_rows = self.image_neighbors[rows, image_draws[rows]]
             image = self.images[torch.stack([rows, image_rows], dim=1)].to(device).float()
             if self.texts is None or self.text_neighbors is None:
@@ -125,9 +127,9 @@ def train_epoch(
     Args:
         model: the heads, in training mode; the first of what they give are the anchors'
             cluster_probs.
-        optimizer: of their parameters.
+        optimizer: of their parameters; on a GPU one that can be recorded (`capturable`).
         compute_loss: losses of the global batch, of all that the model gives; `loss` is minimized.
-        batches: this worker's shares of the steps.
+        batches: this worker's shares of the steps, all of one size.
         sizes: takes note of the clusters.
         products: precision of the products of matrices: float32 or bfloat16, which is summed up in
             float32; all else is float32.
@@ -135,23 +137,82 @@ def train_epoch(
     Returns:
         The mean of each loss over the steps, and what `ClusterSizes` says of the clusters.
     """
+    step = partial(_step, model, optimizer, compute_loss, sizes, products)
+    if sizes.cluster.is_cuda and count_workers() == 1:
+        step = _RecordedStep(step)
     total: dict[str, Tensor] = {}
     n_steps = 0
-    for rows, image, text in batches:
-        with torch.autocast(image.device.type, products, enabled=products != torch.float32):
-            image_probs, *others = model(image, text)
-            losses = compute_loss(image_probs, *others)
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        optimizer.step()
-        sizes.see(rows, image_probs.detach())
-        for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach()
+    for batch in batches:
+        for name, value in step(batch).items():
+            total[name] = total.get(name, 0) + value
         n_steps += 1
     return {
         **{name: value.item() / n_steps for name, value in total.items()},
         **sizes.end_epoch(),
     }
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute_loss: Callable[..., dict[str, Tensor]],
+    sizes: ClusterSizes,
+    products: torch.dtype,
+    batch: Batch,
+) -> dict[str, Tensor]:
+    """Make a step and give its losses."""
+    kind = batch.image.device.type
+    with torch.autocast(kind, products, enabled=products != torch.float32):
+        image_probs, *others = model(batch.image, batch.text)
+        losses = compute_loss(image_probs, *others)
+    optimizer.zero_grad()
+    losses["loss"].backward()
+    optimizer.step()
+    sizes.see(batch.rows, image_probs.detach())
+    return {name: value.detach() for name, value in losses.items()}
+
+
+class _RecordedStep:
+    """A step on a GPU, recorded once and then played back.
+
+    It is hundreds of kernels, and to launch them one by one takes longer than they do.
+    """
+
+    N_BEFORE = 3
+    """Steps before the record: libraries choose their kernels, and the optimizer its state."""
+
+    def __init__(self, step: Callable[[Batch], dict[str, Tensor]]) -> None:
+        self._step = step
+        self._n_seen = 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch
+        self._losses: dict[str, Tensor]
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Make a step; its losses hold until the next one."""
+        self._n_seen += 1
+        if self._n_seen <= self.N_BEFORE:
+            return self._step_aside(batch)
+        if self._graph is None:
+            self._batch = Batch(*(None if t is None else torch.empty_like(t) for t in batch))  # type: ignore[arg-type]
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._losses = self._step(self._batch)
+        for own, new in zip(self._batch, batch, strict=True):
+            if own is not None and new is not None:
+                own.copy_(new)
+        self._graph.replay()
+        return self._losses
+
+    def _step_aside(self, batch: Batch) -> dict[str, Tensor]:
+        """On the stream that is recorded later, where gradients must have been all along."""
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            losses = self._step(batch)
+        here.wait_stream(self._stream)
+        return losses
 
 
 LEAST_ENTROPY = 0.5

@@ -485,13 +485,18 @@ def _train(
     if n_workers > 1:
         model = torch.nn.parallel.DistributedDataParallel(heads, broadcast_buffers=False)
     optimizer = torch.optim.Adam(
-        heads.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
+        heads.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+        capturable=device.type == "cuda",
     )
     sizes = ClusterSizes(len(rows.images), training.n_clusters, device)
     metrics: list[dict[str, float]] = []
     if state is not None:
         heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
+        # Its options are this device's, which may be of another kind than the one before.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         sizes.cluster.copy_(state["cluster"])
         metrics = state["metrics"]
 

@@ -9,7 +9,13 @@ import torch
 from tac_ray.algorithm.head import TacHeads
 from tac_ray.algorithm.losses import TacLoss
 from tac_ray.algorithm.sampling import epoch_neighbors, epoch_rows
-from tac_ray.algorithm.training import ClusterSizes, TrainingRows, train_epoch, troubles
+from tac_ray.algorithm.training import (
+    ClusterSizes,
+    TrainingRows,
+    _RecordedStep,
+    train_epoch,
+    troubles,
+)
 
 N, WIDTH, N_NEIGHBORS, BATCH, K = 70, 32, 3, 16, 4
 CPU = torch.device("cpu")
@@ -31,22 +37,28 @@ def training_rows() -> TrainingRows:
     )
 
 
-def batches(rows: TrainingRows, *, rank: int = 0, n_workers: int = 1, epoch: int = 0):
+def batches(rows: TrainingRows, *, rank=0, n_workers=1, epoch=0, device=CPU):
     return rows.batches(
-        batch_size=BATCH, seed=5, epoch=epoch, rank=rank, n_workers=n_workers, device=CPU
+        batch_size=BATCH, seed=5, epoch=epoch, rank=rank, n_workers=n_workers, device=device
     )
 
 
-def train(products: torch.dtype, epochs: int = 6) -> tuple[TacHeads, list[dict[str, float]]]:
-    rows, heads = training_rows(), TacHeads(WIDTH, K, seed=0)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=1e-2, fused=True)
-    sizes = ClusterSizes(N, K, CPU)
+def train(
+    products: torch.dtype, epochs: int = 6, device: torch.device = CPU
+) -> tuple[TacHeads, list[dict[str, float]]]:
+    heads = TacHeads(WIDTH, K, seed=0).to(device)
+    there = {name: rows.to(device) for name, rows in vars(training_rows()).items()}
+    rows = TrainingRows(**there)
+    optimizer = torch.optim.Adam(
+        heads.parameters(), lr=1e-2, fused=True, capturable=device.type == "cuda"
+    )
+    sizes = ClusterSizes(N, K, device)
     loss = TacLoss(temperature=0.5, balance_weight=5.0)
-    metrics = [
-        train_epoch(heads, optimizer, loss, batches(rows, epoch=epoch), sizes, products=products)
-        for epoch in range(epochs)
-    ]
-    return heads, metrics
+    metrics = []
+    for epoch in range(epochs):
+        steps = batches(rows, epoch=epoch, device=device)
+        metrics.append(train_epoch(heads, optimizer, loss, steps, sizes, products=products))
+    return heads.cpu(), metrics
 
 
 def test_a_step_has_its_rows_and_the_drawn_neighbor_of_each():
@@ -109,6 +121,24 @@ def test_products_in_bf16_train_nearly_as_those_in_fp32():
     assert torch.equal(probs.argmax(dim=1), others.argmax(dim=1))
     assert not torch.equal(probs, others)
     assert all(value.dtype == torch.float32 for value in rounded.parameters())
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_trains_as_one_that_is_launched_anew(monkeypatch: pytest.MonkeyPatch):
+    on_cpu, cpu_metrics = train(torch.float32, epochs=2)
+    trained = {}
+    for n_before in (1, 1000):
+        monkeypatch.setattr(_RecordedStep, "N_BEFORE", n_before)
+        trained[n_before] = train(torch.float32, epochs=2, device=torch.device("cuda"))
+    (recorded, metrics), (launched, launched_metrics) = trained.values()
+    assert metrics == [pytest.approx(line, rel=1e-4) for line in launched_metrics]
+    losses = [line["loss"] for line in metrics]
+    assert losses == pytest.approx([line["loss"] for line in cpu_metrics], rel=1e-3)
+    for ours, plain, exact in zip(
+        *(heads.state_dict().values() for heads in (recorded, launched, on_cpu)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, exact, rtol=1e-2, atol=1e-3)
 
 
 def test_cluster_sizes_tell_of_changes_and_of_empty_clusters():
