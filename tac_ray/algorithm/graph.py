@@ -5,7 +5,7 @@ counterparts; how strongly, the images say. The graph is cut into K clusters by 
 its normalized adjacency. n images, m edges of each kind from an image, K clusters.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -13,19 +13,15 @@ import scipy.sparse
 import scipy.stats
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from tac_ray.algorithm.kmeans import normalize_rows
+from tac_ray.algorithm.lanczos import Eigenvectors, fewest_rows, leading_eigenvectors
 
 BATCH_EDGES = 100_000
 """Edges weighed at a time: 4 d bytes each."""
 DENSE_ROWS = 1_000
 """Rows up to which all eigenvectors are computed: Lanczos wants many more rows than vectors."""
-TOLERANCE = 1e-4
-"""Of the eigenvalues, relative."""
-MOST_RESTARTS = 500
-"""Of Lanczos; tens are usual."""
 REGULARIZATION = 0.1
 """Weight of a thin edge from every row to all others, as a share of the mean weight of a row (Amini
 et al., 2013): without it a few rows far from all others are a cluster."""
@@ -104,6 +100,8 @@ class Cut(NamedTuple):
     eigenvalues: NDArray[np.float64]
     """The K largest of the normalized adjacency, largest first; K ones: K parts without an edge
     between them."""
+    residual: float
+    """How far the eigenvectors are from exact ones; see `Eigenvectors`."""
 
 
 def cut(graph: scipy.sparse.csr_array, n_clusters: int, *, balance: float) -> Cut:
@@ -119,58 +117,34 @@ def cut(graph: scipy.sparse.csr_array, n_clusters: int, *, balance: float) -> Cu
         n_clusters: K.
         balance: how much more equal cluster sizes are worth; see `balanced_clusters`.
 
-    Cost: Lanczos with 2 K vectors: some 12 n K^2 operations a restart, which wait for memory, and
-    2 n K^2 for the factorization. Memory: 8 n (4 K + edges of a row) bytes; 24 n^2 where n <= 3 K.
-
-    Raises:
-        ValueError: Lanczos does not find K eigenvectors.
+    Cost: 17 n K^2 operations a restart of Lanczos, 2 n K^2 for the factorization and as much for
+    each pass of k-means. Memory: 8 n (4 K + edges of a row) bytes; 24 n^2 where n <= 2 K or so.
     """
-    values, vectors = _leading_eigenvectors(graph, n_clusters)
-    rows = normalize_rows(vectors)
-    start = _cluster_by_pivots(vectors)
+    found = _eigenvectors(graph, n_clusters)
+    rows = normalize_rows(found.vectors)
+    start = _cluster_by_pivots(found.vectors)
     cluster_id = balanced_clusters(
         torch.from_numpy(rows), torch.from_numpy(start), n_clusters, balance=balance
     )
-    return Cut(cluster_id.numpy(), values)
+    return Cut(cluster_id.numpy(), found.values, found.residual)
 
 
-class _Adjacency(LinearOperator):
-    """A graph and a thin edge between all its rows, normalized by `scale` from both sides."""
-
-    def __init__(
-        self, graph: scipy.sparse.csr_array, thin: float, scale: NDArray[np.float64]
-    ) -> None:
-        super().__init__(np.float64, (len(scale), len(scale)))
-        self._graph, self._thin, self._scale = graph, thin, scale
-
-    def _matvec(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        scaled = self._scale * x.reshape(-1)
-        return self._scale * (self._graph @ scaled + self._thin * scaled.sum())
-
-
-def _leading_eigenvectors(
-    graph: scipy.sparse.csr_array, k: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigenvectors(graph: scipy.sparse.csr_array, k: int) -> Eigenvectors:
+    """Of the adjacency and a thin edge between all rows, normalized."""
     weight: NDArray[np.float64] = np.asarray(graph.sum(axis=1)).reshape(-1)
     n = len(weight)
     thin = REGULARIZATION * (weight.mean() or 1.0) / n  # images that have nothing in common
-    scale: NDArray[np.float64] = 1 / np.sqrt(weight + thin * n)
-    if n <= max(DENSE_ROWS, 3 * k):
-        dense = scale[:, None] * (graph.toarray() + thin) * scale
+    scale: NDArray[np.float64] = 1 / np.sqrt(weight + thin * n)[:, None]
+    if n <= max(DENSE_ROWS, fewest_rows(k)):
+        dense = scale * (graph.toarray() + thin) * scale.T
         values, vectors = scipy.linalg.eigh(dense, subset_by_index=(n - k, n - 1))
-    else:
-        start = np.random.default_rng(0).uniform(size=n)
-        adjacency = _Adjacency(graph, thin, scale)
-        options: dict[str, Any] = {"v0": start, "tol": TOLERANCE, "maxiter": MOST_RESTARTS}
-        try:
-            values, vectors = eigsh(adjacency, k=k, which="LA", **options)
-        except ArpackNoConvergence as error:
-            raise ValueError(
-                f"n_clusters={k} should be at most the {len(error.eigenvalues)} eigenvectors that "
-                f"Lanczos found of a graph of {n} images, many of them alike; lower --n-clusters"
-            ) from error
-    order = np.argsort(-values, kind="stable")
-    return values[order], vectors[:, order]
+        return Eigenvectors(values[::-1], vectors[:, ::-1], residual=0.0)
+
+    def multiply(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        scaled = scale * x
+        return scale * (graph @ scaled + thin * scaled.sum(axis=0))
+
+    return leading_eigenvectors(multiply, n, k)
 
 
 def _cluster_by_pivots(vectors: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -113,7 +113,8 @@ def _plain_pixels(data: bytes) -> int:
     """Pixels of a JPEG that the GPU decodes as `decode_image` would, 0 for all other files.
 
     Those that do not end where a JPEG ends may be truncated, which the GPU would not tell. Those
-    that hold RGB instead of YCbCr nvImageCodec 0.9 takes for YCbCr.
+    that hold RGB instead of YCbCr nvImageCodec 0.9 takes for YCbCr, and the colors of those one
+    pixel wide it spreads otherwise.
     """
     if not data.endswith(_END_OF_IMAGE):
         return 0
@@ -123,6 +124,7 @@ def _plain_pixels(data: bytes) -> int:
             plain = (
                 isinstance(image, JpegImageFile)
                 and image.mode in ("L", "RGB")
+                and min(image.size) > 1
                 and image.info.get("adobe_transform") != 0
                 and bytes(component for component, *_ in image.layer) != b"RGB"
                 and exif_turn(image) is None

@@ -79,7 +79,7 @@ class PartSource:
 
 
 GPU_MOST = 2048
-"""Results a query that FAISS finds on a GPU; beyond, torch sorts."""
+"""Results a query that FAISS finds on a GPU; beyond, and where only faiss-cpu is there, torch."""
 
 
 class Pass(NamedTuple):
@@ -342,7 +342,7 @@ def _search(queries: Tensor, rows: Tensor, n: int) -> Found:
     metric = faiss.METRIC_INNER_PRODUCT
     if not rows.is_cuda:
         return faiss.knn(queries.numpy(), rows.numpy(), n, metric=metric)
-    if n > GPU_MOST:
+    if n > GPU_MOST or not hasattr(faiss, "StandardGpuResources"):  # as faiss-cpu has none
         similarity, row = (queries.float() @ rows.float().T).topk(n)
     else:
         similarity, row = faiss.knn_gpu(_gpu_memory(), queries, rows, n, metric=metric)

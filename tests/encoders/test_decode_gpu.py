@@ -119,6 +119,7 @@ OTHERS = {
     "RGB": encoded(photograph(60, 40), keep_rgb=True),
     "turned": turned(6),
     "bytes after the end": encoded(photograph(60, 40)) + b"\0\0",
+    "one pixel wide": encoded(photograph(1, 90)),
 }
 BAD = {
     "nothing": b"",
