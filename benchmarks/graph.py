@@ -3,10 +3,10 @@
     python benchmarks/graph.py
     python benchmarks/graph.py --cases K=10
 
-Both are given the same weights, of 40 neighbors a row, both use ARPACK; ours assigns clusters by
-pivots and balanced k-means, the peer by k-means from ten random starts, its default. One JSON
-object a case, with how well each finds the directions that the rows were made about (ACC, after the
-best matching; there are as many clusters as directions).
+Both have the same weights, of 40 neighbors a row. Ours finds eigenvectors in blocks and assigns
+clusters by pivots and balanced k-means; the peer does it by ARPACK and k-means from ten random
+starts, its defaults. One JSON object a case, with how well each finds the directions that the rows
+were made about (ACC, after the best matching; there are as many clusters as directions).
 """
 
 import json
