@@ -66,7 +66,8 @@ def leading_eigenvectors(multiply: Callable[[Vectors], Vectors], n: int, k: int)
     rng = np.random.default_rng(0)
     basis[:, :block] = _orthonormal(rng.uniform(-1, 1, size=(n, block)))[0]
     size = 0
-    for n_restarts in range(1, MOST_RESTARTS + 1):
+    n_restarts = 0
+    while True:
         beyond = np.zeros((block, block))  # what A makes of the last block outside the basis
         while size < most:
             known, here = basis[:, : size + block], slice(size, size + block)
@@ -86,14 +87,14 @@ def leading_eigenvectors(multiply: Callable[[Vectors], Vectors], n: int, k: int)
         values, turn = values[::-1], turn[:, ::-1]
         errors = np.linalg.norm(beyond @ turn[-block:, :k], axis=0)
         residual = float((errors / np.abs(values[:k]).clip(np.finfo(float).tiny)).max())
+        n_restarts += 1
         if residual <= TOLERANCE or n_restarts == MOST_RESTARTS:
-            break
+            return Eigenvectors(values[:k], basis[:, :most] @ turn[:, :k], residual)
         basis[:, :kept] = basis[:, :most] @ turn
         basis[:, kept : kept + block] = basis[:, most:]
         inner[:] = 0
         np.fill_diagonal(inner[:kept, :kept], values)
         size = kept
-    return Eigenvectors(values[:k], basis[:, :most] @ turn[:, :k], residual)
 
 
 def _block(k: int) -> tuple[int, int]:
@@ -104,4 +105,4 @@ def _block(k: int) -> tuple[int, int]:
 
 def _orthonormal(columns: Vectors) -> tuple[Vectors, Vectors]:
     """QR factorization."""
-    return scipy.linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)
+    return scipy.linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)  # type: ignore[return-value]
