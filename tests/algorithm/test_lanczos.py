@@ -28,11 +28,13 @@ def test_the_leading_eigenvectors_are_found_also_of_negative_spectra(k: int):
     assert found.residual == pytest.approx((errors / abs(found.values)).max(), rel=0.1, abs=1e-9)
 
 
-def test_a_matrix_of_few_ranks_ends_in_no_fault():
+@pytest.mark.parametrize("rank", [3, 60])
+def test_a_matrix_of_few_ranks_ends_in_no_fault(rank: int):
     values = np.zeros(fewest_rows(5) + 300)
-    values[:3] = 3, 2, 2
-    matrix, vectors = with_spectrum(values)
-    found = leading_eigenvectors(lambda x: matrix @ x, len(values), 5)
+    values[:rank] = np.linspace(3, 1, rank)
+    _, vectors = with_spectrum(values)
+    part = vectors[:, :rank] * np.sqrt(values[:rank])
+    found = leading_eigenvectors(lambda x: part @ (part.T @ x), len(values), 5)
     np.testing.assert_allclose(found.values, values[:5], atol=1e-9)
     np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-10)
     np.testing.assert_allclose(abs(vectors[:, 0] @ found.vectors[:, 0]), 1)
