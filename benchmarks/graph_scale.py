@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import tyro
 from session import Silent, ray_session
 from synthetic import synthetic_artifact, synthetic_directions
@@ -147,6 +148,8 @@ def main(
         "in_commonest_cluster": round(float(most.sum() / rows), 4),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+    if torch.cuda.is_available():
+        whole["machine"] += f", {torch.cuda.get_device_name()}"
     print(json.dumps(whole), flush=True)
 
 

@@ -39,7 +39,7 @@ class Rates:
 
 CORE = Rates(images=34, prompts=165, flops=9e10, pruned=2.0)
 """Measured on a core of an x86-64 server with AVX-512 and bf16: benchmarks/results."""
-GPU = Rates(images=1000, prompts=20_000, flops=3e13, pruned=1.0)
+GPU = Rates(images=1750, prompts=20_000, flops=3e13, pruned=1.0)
 """Measured on an H100 beside 16 cores that decode (benchmarks/results); prompts are assumed."""
 
 

@@ -345,7 +345,8 @@ def _search(queries: Tensor, rows: Tensor, n: int) -> Found:
     if n > GPU_MOST or not hasattr(faiss, "StandardGpuResources"):  # as faiss-cpu has none
         similarity, row = (queries.float() @ rows.float().T).topk(n)
     else:
-        similarity, row = faiss.knn_gpu(_gpu_memory(), queries, rows, n, metric=metric)
+        memory = _gpu_memory()  # first: it puts another knn_gpu in the place of FAISS's
+        similarity, row = faiss.knn_gpu(memory, queries, rows, n, metric=metric)
     return similarity.cpu().numpy(), row.cpu().numpy()
 
 
