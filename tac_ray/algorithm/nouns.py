@@ -43,7 +43,8 @@ def classify_nouns(
         nouns: unit-norm text embeddings, (T, d).
         centroids: unit-norm image centroids, (k, d).
         precision: "float16" rounds inputs, similarities and softmax as the published code does,
-            which makes thousands of ties; "float32" does not.
+            whose GPU adds up products of halves in float32; that makes thousands of ties, and
+            "float32" does not.
 
     Returns:
         centroid_id (T,) int64 and confidence (T,) float32.
@@ -51,7 +52,8 @@ def classify_nouns(
     Cost: 2 T k d operations; memory T k numbers, so callers pass nouns in batches.
     """
     dtype = torch.float16 if precision == "float16" else torch.float32
-    similarity = nouns.to(dtype) @ centroids.to(dtype).T
+    nouns, centroids = nouns.to(dtype).float(), centroids.to(dtype).float()
+    similarity = (nouns @ centroids.T).to(dtype)
     confidence, centroid_id = torch.softmax(similarity, dim=1).max(dim=1)
     if precision == "float16":
         # max() of tied halves may return any of them; the first centroid is the stated rule.

@@ -46,7 +46,7 @@ def build_counterparts(
             writer.progress.advance(part.rows)
 
     return store.run_stage(
-        "build_counterparts", version=2, options=config, inputs=[images, selected], write=write
+        "build_counterparts", version=3, options=config, inputs=[images, selected], write=write
     )
 
 

@@ -91,7 +91,7 @@ def select_nouns(
 
     return store.run_stage(
         "select_nouns",
-        version=1,
+        version=2,
         options=options,
         inputs=[nouns] if centroids is None else [centroids, nouns],
         write=write,
