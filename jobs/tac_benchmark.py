@@ -7,7 +7,7 @@ python jobs/tac_benchmark.py --images ../shared/data/imagenette-val ../shared/da
     --model local-dir:../shared/encoders/mnv2-wordnet --out runs/benchmark/shared
 
 `--table 4`, `--table 5`, `--table 6`, `--figure 5` and `--n-clusters 100,200,500` measure other
-things over the same artifacts; all options of `tac-ray run` are taken too.
+things over the same artifacts; the options of the stages of `tac-ray run` are taken too.
 """
 
 import sys

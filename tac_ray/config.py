@@ -43,6 +43,12 @@ def _at_least(config: Any, **least: float) -> None:
             raise ValueError(f"{name}={value} should be >= {minimum}; change {flag}")
 
 
+def _above_0(config: Any, name: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}={value} should be > 0; change --{name.replace('_', '-')}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """Which dual encoder, and how it sees images."""
@@ -137,7 +143,7 @@ class SelectNounsConfig:
 
     centroid_method: Literal["kmeans", "agglomerative", "spectral", "dbscan", "none"] = "kmeans"
     """What finds the semantic centroids. All but kmeans are for comparison on small collections;
-    none keeps all nouns."""
+    none keeps all nouns, whatever their score."""
     n_centroids: int | None = None
     """k; default max(N / images_per_centroid, centroids_per_cluster * K) (Eq. 2)."""
     images_per_centroid: int = 300
@@ -176,11 +182,7 @@ class BuildCounterpartsConfig:
     """Arithmetic of Eq. 7; float16 rounds where the published code does."""
 
     def __post_init__(self) -> None:
-        if not self.retrieval_temperature > 0:
-            raise ValueError(
-                f"retrieval_temperature={self.retrieval_temperature} should be > 0; "
-                "change --retrieval-temperature"
-            )
+        _above_0(self, "retrieval_temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +271,7 @@ class TrainHeadsConfig:
             confidence_weight=0,
             stable_below=0,
         )
+        _above_0(self, "distillation_temperature")
 
     def resolve(self, n_clusters: int) -> "TrainHeadsConfig":
         """The same with the defaults that follow K filled in."""

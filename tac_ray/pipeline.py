@@ -20,7 +20,7 @@ from tac_ray.artifacts.run import RUN_FILE, Run
 from tac_ray.artifacts.storage import Folder, absolute, is_local
 from tac_ray.artifacts.store import Progress, Store, result_options
 from tac_ray.cluster import Cluster, lost_nodes, nodes_without
-from tac_ray.config import Method, TacConfig, from_dict
+from tac_ray.config import EncoderConfig, Method, TacConfig, from_dict
 from tac_ray.encoders.clip import Encoder, EncoderSpec, resolve_precision
 from tac_ray.encoders.nouns import load_nouns
 from tac_ray.index.group import ShardGroup
@@ -595,23 +595,36 @@ def absolute_paths(config: TacConfig) -> TacConfig:
     """Paths that mean the same on every machine and in every folder.
 
     Raises:
-        ValueError: a relative path in a Ray job, whose folder is a copy that the job deletes.
+        ValueError: a relative path in a Ray job.
     """
     paths = {"images": config.images, "out": config.out, "store": config.store}
     paths |= {"val_images": config.val_images, "match_run": config.match_run}
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        for name, path in paths.items():
-            if path is not None and is_local(path) and not Path(path).is_absolute():
-                raise ValueError(
-                    f"{name}={path} is relative to the job's temporary folder; give an absolute "
-                    f"path or s3:// to --{name.replace('_', '-')}"
-                )
-    made = {name: None if path is None else absolute(path) for name, path in paths.items()}
-    encoder, model = config.encoder, config.encoder.model
-    if model.startswith("local-dir:"):
-        model = f"local-dir:{absolute(model.removeprefix('local-dir:'))}"
-        encoder = dataclasses.replace(encoder, model=model)
+    made = {name: path and lasting_path(name, path) for name, path in paths.items()}
+    encoder = absolute_encoder(config.encoder)
     return dataclasses.replace(config, encoder=encoder, **made)  # type: ignore[arg-type]
+
+
+def lasting_path(option: str, path: str) -> str:
+    """The path that an option gives, absolute.
+
+    Raises:
+        ValueError: it is relative in a Ray job, whose folder is a copy that the job deletes.
+    """
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_job and is_local(path) and not Path(path).is_absolute():
+        raise ValueError(
+            f"{option}={path} is relative to the job's temporary folder; give an absolute path or "
+            f"s3:// to --{option.replace('_', '-')}"
+        )
+    return absolute(path)
+
+
+def absolute_encoder(encoder: EncoderConfig) -> EncoderConfig:
+    """The encoder, its folder absolute."""
+    if not encoder.model.startswith("local-dir:"):
+        return encoder
+    folder = absolute(encoder.model.removeprefix("local-dir:"))
+    return dataclasses.replace(encoder, model=f"local-dir:{folder}")
 
 
 @contextmanager

@@ -73,8 +73,9 @@ def judge_all(measurements: Sequence[Measurement]) -> list[Judgment]:
 def suggestion(judgments: Sequence[Judgment]) -> str:
     """Which K to take, and why.
 
-    Clusters that another seed finds again are in the data rather than in the seed, so agreement
-    decides, and the silhouette where there is one seed; K whose sizes have collapsed stay out.
+    Clusters that another seed finds again, in other images, are in the data rather than in the
+    sample, so agreement decides, and the silhouette where there is one seed; K whose sizes have
+    collapsed stay out.
     """
     sound = [found for found in judgments if found.entropy >= LEAST_ENTROPY] or list(judgments)
     if sound[0].agreement is None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import posixpath
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,7 +29,7 @@ from tac_ray.benchmark.rows import (
     option_rows,
 )
 from tac_ray.config import EncoderConfig, TacConfig, best, reference
-from tac_ray.pipeline import absolute_paths, ray_session
+from tac_ray.pipeline import absolute_encoder, lasting_path, ray_session
 from tac_ray.progress import ConsoleProgress
 from tac_ray.stages.list_images import Labels
 
@@ -60,7 +60,7 @@ _Numbers = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What to measure. All options of `tac-ray run` are taken too, and hold for every row."""
+    """What to measure. Options of the stages of `tac-ray run` are taken too, for every row."""
 
     out: str
     """Folder or s3:// prefix of results.md, results.json and figures."""
@@ -117,16 +117,19 @@ def run_benchmark(wanted: Benchmark, options: Sequence[str] = ()) -> str:
         options: options of `tac-ray run`, for every row.
 
     Raises:
-        ValueError: options that do not go together.
+        ValueError: options that do not go together, or that the benchmark does not leave open.
         FileNotFoundError: a data set is not where it should be.
     """
-    configs = []
-    for start in (reference, best):
-        config = start(images="", n_clusters=2, out=wanted.out, store=wanted.store)
-        configs.append(absolute_paths(tyro.cli(TacConfig, default=config, args=list(options))))
-    published, ours = configs
-    beside = posixpath.join(posixpath.dirname(published.out), "artifacts")
-    store = Store(published.store or beside, _NewWork())
+    wanted = dataclasses.replace(
+        wanted,
+        out=lasting_path("out", wanted.out),
+        store=wanted.store and lasting_path("store", wanted.store),
+        data=tuple(lasting_path("data", place) for place in wanted.data),
+        images=tuple(lasting_path("images", place) for place in wanted.images),
+    )
+    published, ours = (_options(wanted, start, options) for start in (reference, best))
+    beside = posixpath.join(posixpath.dirname(wanted.out), "artifacts")
+    store = Store(wanted.store or beside, _NewWork())
     rows_of = TABLES[wanted.table]
     if wanted.figure:
         rows_of = figure_5_rows
@@ -136,11 +139,50 @@ def run_benchmark(wanted: Benchmark, options: Sequence[str] = ()) -> str:
         cases = [
             Case(dataset=data, encoder=encoder)
             for data in _datasets(store, wanted, published.labels)
-            for encoder in _encoders(wanted, published)
+            for encoder in _encoders(wanted, ours if wanted.n_clusters else published)
         ]
+        _check_titles([case.title for case in cases])
         rows = [(case, rows_of(case, published, ours)) for case in cases]
         measurements = measure(store, rows, seeds=wanted.seeds)
-        return _write(Folder(published.out), wanted, cases, measurements)
+        return _write(Folder(wanted.out), wanted, cases, measurements)
+
+
+def _options(
+    wanted: Benchmark, configuration: Callable[..., TacConfig], options: Sequence[str]
+) -> TacConfig:
+    """A configuration with the options of the command line.
+
+    Raises:
+        ValueError: one of them is what the benchmark itself decides.
+    """
+    # Images and K are those of each case.
+    start = configuration(images=wanted.out, n_clusters=2, out=wanted.out)
+    config = tyro.cli(TacConfig, default=start, args=list(options))
+    decided = ["val_images", "methods", "match_run", "seed", "replace"]
+    if not wanted.n_clusters:
+        decided.append("labels")
+    for name in decided:
+        given, there = getattr(config, name), getattr(start, name)
+        if given != there:
+            raise ValueError(
+                f"{name}={given} should be {there}: data sets, rows and --seeds decide it; leave "
+                f"out --{name.replace('_', '-')}"
+            )
+    return config
+
+
+def _check_titles(titles: Sequence[str]) -> None:
+    """Tables know cases by their titles.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ValueError(
+                f"{titles.count(title)} cases are called {title!r}, by the last folders of "
+                "--images and --model; measure them in several commands over one --store"
+            )
 
 
 def _datasets(store: Store, wanted: Benchmark, labels: Labels) -> list[Dataset]:
@@ -154,7 +196,7 @@ def _datasets(store: Store, wanted: Benchmark, labels: Labels) -> list[Dataset]:
     ]
     if wanted.n_clusters:
         return named + [_unlabeled(place, labels) for place in wanted.images]
-    return named + [class_folders(root) for root in wanted.images]
+    return named + [class_folders(store, root) for root in wanted.images]
 
 
 def _unlabeled(place: str, labels: Labels) -> Dataset:
@@ -168,7 +210,7 @@ def _encoders(wanted: Benchmark, config: TacConfig) -> list[EncoderConfig]:
     found = []
     for model in wanted.model:
         encoder = dataclasses.replace(config.encoder, model=model, pretrained=wanted.pretrained)
-        found.append(absolute_paths(dataclasses.replace(config, encoder=encoder)).encoder)
+        found.append(absolute_encoder(encoder))
     return found
 
 

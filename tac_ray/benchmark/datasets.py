@@ -29,7 +29,7 @@ from tac_ray.artifacts.storage import absolute, filesystem, is_local
 from tac_ray.artifacts.store import ArtifactWriter, Store, hash_of
 from tac_ray.encoders.nouns import WordNet
 from tac_ray.sources.listing import IMAGE_EXTENSIONS
-from tac_ray.stages.list_images import Labels
+from tac_ray.stages.list_images import Labels, check_place, list_images
 
 PART_ROWS = 10_000
 """Images of a table."""
@@ -113,27 +113,29 @@ def dataset(store: Store, name: DatasetName, root: str) -> Dataset:
     return found[name](store, absolute(root))
 
 
-def class_folders(root: str, n_clusters: int | None = None) -> Dataset:
+def class_folders(store: Store, root: str) -> Dataset:
     """Any folder with one folder a class, trained and scored on all of it.
 
     Args:
+        store: where its listing is kept.
         root: the folder.
-        n_clusters: K; default is one a class.
 
     Raises:
-        FileNotFoundError: there are fewer than two class folders.
+        FileNotFoundError: it is not there.
+        ValueError: an image lies outside of any folder, or fewer than two folders hold images.
     """
     root = absolute(root)
-    classes = _folders(root)
+    check_place(root)
+    classes = list_images(store, root, labels="folder").facts["labels"]
     if len(classes) < 2:
-        raise FileNotFoundError(
-            f"{root} has {len(classes)} folders and should have at least 2, one a class; give "
-            "another --images"
+        raise ValueError(
+            f"{root} has {len(classes)} folders of images and should have at least 2, one a class; "
+            "give another --images"
         )
     return Dataset(
         name=posixpath.basename(root),
         train=root,
-        n_clusters=n_clusters or len(classes),
+        n_clusters=len(classes),
         class_names={name: class_name(name) for name in classes},
         labels="folder",
     )
@@ -250,9 +252,13 @@ def _imagenet_classes(
 ) -> Dataset:
     made = {}
     for split in ("train", "val"):
-        images = [
-            (uri, wnid) for wnid in classes for uri in _images(posixpath.join(root, split, wnid))
-        ]
+        images = []
+        for wnid in classes:
+            folder = posixpath.join(root, split, wnid)
+            uris = _images(folder)
+            if not uris:
+                raise FileNotFoundError(f"{folder} holds no images; check --data")
+            images += [(uri, wnid) for uri in uris]
         made[split] = _uri_table(store, name, split, images)
     return Dataset(
         name=name,
@@ -467,15 +473,17 @@ def _listed(path: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
 
 def _folders(path: str) -> list[str]:
     """Names of the folders in a folder, sorted."""
-    _, listed = _listed(path)
-    names = [posixpath.basename(f["name"].rstrip("/")) for f in listed if f["type"] == "directory"]
-    return sorted(names)
+    fs, listed = _listed(path)
+    # Links are neither files nor directories in a listing.
+    folders = [f["name"] for f in listed if f["type"] != "file" and fs.isdir(f["name"])]
+    names = [posixpath.basename(name.rstrip("/")) for name in folders]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _images(path: str) -> list[str]:
     """Uris of the images in a folder, sorted."""
     _, listed = _listed(path)
-    names = [f["name"] for f in listed if f["type"] == "file"]
+    names = [f["name"] for f in listed if f["type"] != "directory"]
     images = [n for n in names if posixpath.splitext(n)[1].lower() in IMAGE_EXTENSIONS]
     return sorted(images if is_local(path) else [f"s3://{name}" for name in images])
 

@@ -106,7 +106,7 @@ def test_parts_without_an_edge_between_them_are_clusters_and_a_few_odd_rows_are_
 @pytest.mark.parametrize("n", [40, 1500])
 def test_images_without_anything_in_common_are_shared_out(n: int):
     nothing = join_edges((np.zeros((n, 3), dtype=np.int64), np.zeros((n, 3))))
-    assert len(cut(nothing, 2, balance=0.4).cluster_id) == n
+    assert np.bincount(cut(nothing, 2, balance=0.4).cluster_id, minlength=2).min() > 0
 
 
 def test_many_equal_images_are_no_fault():

@@ -14,7 +14,6 @@ from tac_ray.artifacts.store import Store
 from tac_ray.benchmark.datasets import (
     IMAGENET_10,
     IMAGENET_DOGS,
-    class_folders,
     class_name,
     dataset,
 )
@@ -148,6 +147,20 @@ def test_imagenet_is_read_where_it_lies(store: Store, tmp_path: Path):
     assert found.class_names == {"n01440764": "tench", "n02102040": "English springer"}
 
 
+def test_links_to_classes_and_images_are_followed(store: Store, tmp_path: Path):
+    write_image(tmp_path / "elsewhere" / "a.JPEG")
+    for split in ("train", "val"):
+        for wnid in IMAGENET_10[:9]:
+            (tmp_path / split / wnid).mkdir(parents=True)
+            (tmp_path / split / wnid / "a.JPEG").symlink_to(tmp_path / "elsewhere" / "a.JPEG")
+        (tmp_path / split / IMAGENET_10[9]).symlink_to(tmp_path / "elsewhere")
+    assert len(rows(dataset(store, "imagenet-10", str(tmp_path)).test)) == 10
+    assert dataset(store, "imagenet", str(tmp_path)).n_clusters == 10
+    (tmp_path / "val" / IMAGENET_10[0] / "a.JPEG").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"val/{IMAGENET_10[0]} holds no images"):
+        dataset(store, "imagenet-10", str(tmp_path))
+
+
 def test_dtd_trains_on_train_and_val(store: Store, tmp_path: Path):
     for i in range(3):
         write_image(tmp_path / "dtd" / "images" / "cob_webbed" / f"w_{i}.jpg")
@@ -187,16 +200,10 @@ def test_ucf_101_has_a_frame_a_video(store: Store, tmp_path: Path):
         dataset(store, "ucf-101", str(tmp_path))
 
 
-def test_any_class_folders(tmp_path: Path):
-    write_image(tmp_path / "n02102040" / "a.jpg")
-    write_image(tmp_path / "red_car" / "a.jpg")
-    found = class_folders(str(tmp_path))
-    assert (found.train, found.test, found.n_clusters) == (str(tmp_path), None, 2)
-    assert found.class_names == {"n02102040": "English springer", "red_car": "red car"}
-    assert class_folders(str(tmp_path), 5).n_clusters == 5
-    with pytest.raises(FileNotFoundError, match="has 0 folders and should have at least 2"):
-        class_folders(str(tmp_path / "red_car"))
+def test_names_of_classes():
+    assert class_name("n02102040") == "English springer"
     assert class_name("n99999999") == "n99999999"
+    assert class_name("red_car") == "red car"
 
 
 def test_what_is_not_there_is_named(store: Store, tmp_path: Path):

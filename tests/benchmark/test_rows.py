@@ -101,3 +101,4 @@ def _options(config: TacConfig) -> dict[str, object]:
 def test_rows_of_several_numbers_of_clusters(case: Case):
     rows = n_clusters_rows((5, 7))(case, REFERENCE, BEST)
     assert [(row.title, row.n_clusters) for row in rows] == [("5 clusters", 5), ("7 clusters", 7)]
+    assert {row.graph_share for row in rows} == {0.8}

@@ -83,10 +83,10 @@ def test_markdown_of_several_cases_begins_with_all_of_them(
 
 def test_figure_5_draws_the_scored_split(measured: MeasurementFactory):
     values = [
-        measured(f"TAC, n neighbors {n}", seed, 0.5 + n / 1000, setting=("n_neighbors", n), split=s)
+        measured(f"TAC, n neighbors {n}", seed, acc + n / 1000, setting=("n_neighbors", n), split=s)
         for n in (10, 20, 50)
         for seed in (0, 1)
-        for s in ("train", "test")
+        for s, acc in (("train", 0.7), ("test", 0.5))
     ]
     image = figure_5("<DTD>", lines(values))
     root = ElementTree.fromstring(image)

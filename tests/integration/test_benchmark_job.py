@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from tac_ray.artifacts.store import Store
 from tac_ray.benchmark.command import benchmark_command
+from tac_ray.benchmark.datasets import class_folders
 from tests.integration.conftest import write_images
 
 pytestmark = pytest.mark.integration
@@ -94,9 +96,25 @@ def test_a_folder_of_another_data_set_is_tested_by_both_protocols(
     assert all(line["acc"]["mean"] == 100 for line in found[:3])
 
 
-def test_several_numbers_of_clusters_are_compared_without_labels(
-    ray_cluster: None, common: list[str], images: Path, tmp_path: Path
+def test_a_folder_without_images_is_no_class(
+    ray_cluster: None, silent_progress: Any, images: Path, tmp_path: Path
 ):
+    store = Store(str(tmp_path / "store"), silent_progress)
+    for root, classes in (("three", ["red", "green", "blue"]), ("one", ["red"])):
+        (tmp_path / root / "notes").mkdir(parents=True)
+        for name in classes:
+            (tmp_path / root / name).symlink_to(images / name)
+    found = class_folders(store, str(tmp_path / "three"))
+    assert (found.train, found.test, found.n_clusters) == (str(tmp_path / "three"), None, 3)
+    assert found.class_names == {name: name for name in ("blue", "green", "red")}
+    with pytest.raises(ValueError, match="has 1 folders of images and should have at least 2"):
+        class_folders(store, str(tmp_path / "one"))
+
+
+def test_several_numbers_of_clusters_are_compared_without_labels(
+    ray_cluster: None, common: list[str], images: Path, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as in a job
     out = tmp_path / "out"
     where = ["--images", str(images), "--labels", "none", "--out", str(out)]
     benchmark_command([*where, "--n-clusters", "2,3", *common])
@@ -105,6 +123,8 @@ def test_several_numbers_of_clusters_are_compared_without_labels(
     assert [judgment["n_clusters"] for judgment in judgments] == [2, 3]
     assert all(-1 <= judgment["silhouette"] <= 1 for judgment in judgments)
     assert "take --n-clusters" in (out / "results.md").read_text()
+    store = Path(common[common.index("--store") + 1])
+    assert len(list(store.glob("sample_rows-*"))) == 4  # images and words of two seeds
 
 
 def test_what_is_not_there_or_does_not_fit_is_said_in_a_line(
@@ -116,6 +136,11 @@ def test_what_is_not_there_or_does_not_fit_is_said_in_a_line(
     with pytest.raises(SystemExit):
         benchmark_command(["--dataset", "dtd", "--out", str(tmp_path), *common])
     assert "1 of --dataset and 0 of --data should be as many" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark_command(
+            ["--images", str(images), str(images), "--out", str(tmp_path), *common],
+        )
+    assert "2 cases are called 'colors, " in capsys.readouterr().err
     larger = ["512" if option == "30" else option for option in common]
     with pytest.raises(SystemExit):
         benchmark_command(["--images", str(images), "--out", str(tmp_path), *larger])
