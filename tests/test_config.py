@@ -5,12 +5,7 @@ import dataclasses
 import pytest
 
 import tac_ray
-from tac_ray.config import (
-    BuildCounterpartsConfig,
-    CutGraphConfig,
-    TrainHeadsConfig,
-    from_dict,
-)
+from tac_ray.config import BuildCounterpartsConfig, CutGraphConfig, TrainHeadsConfig, from_dict
 
 
 def test_a_configuration_older_than_an_option_has_its_default():

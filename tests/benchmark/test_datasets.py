@@ -11,12 +11,7 @@ import pytest
 from PIL import Image
 
 from tac_ray.artifacts.store import Store
-from tac_ray.benchmark.datasets import (
-    IMAGENET_10,
-    IMAGENET_DOGS,
-    class_name,
-    dataset,
-)
+from tac_ray.benchmark.datasets import IMAGENET_10, IMAGENET_DOGS, class_name, dataset
 from tac_ray.config import TrainHeadsConfig
 
 CIFAR_10 = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -37,6 +37,9 @@ def start(store: Path, n_workers: int = 2, *options: str) -> subprocess.Popen[st
             "PYTHONPATH": str(ROOT),
             # Ray Train may ask for workers on a node that is gone, and tries again after this.
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            # It looks for checkpoints every 2 s, in which several of these short epochs end: one
+            # that is killed in between has lost them. A lost node needs longer than the epochs.
+            **({} if "lose-node" in options else {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}),
         },
     )
 
@@ -107,10 +110,6 @@ def test_a_worker_killed_at_epoch_3_leaves_no_trace(undisturbed: Trained, tmp_pa
     assert 6 <= sum(line.startswith("epoch") for line in seen) < 9
 
 
-# Ray Train notes a checkpoint up to a few seconds after it was handed over, so a killed driver may
-# have told of two or three epochs more than are found again.
-
-
 def test_a_driver_killed_at_epoch_4_leaves_no_trace(undisturbed: Trained, tmp_path: Path):
     process = start(tmp_path)
 
@@ -121,7 +120,7 @@ def test_a_driver_killed_at_epoch_4_leaves_no_trace(undisturbed: Trained, tmp_pa
     assert not any(line.startswith("artifact") for line in finish(process, at))
     seen = finish(start(tmp_path))
     assert trained(seen) == undisturbed
-    assert sum(line.startswith("epoch") for line in seen) < 6, "it began anew"
+    assert sum(line.startswith("epoch") for line in seen) <= 3
 
 
 def test_a_lost_node_leaves_the_training_to_the_others(undisturbed: Trained, tmp_path: Path):
@@ -175,7 +174,7 @@ def test_heads_that_ended_before_the_driver_was_killed_are_not_trained_again(
     assert sum(line.startswith("artifact") for line in first) == 1
     seen = finish(start(tmp_path, 2, "two-seeds"))
     assert trained(seen) == undisturbed
-    assert sum(line.startswith("epoch") for line in seen) < 6, "it began anew"
+    assert sum(line.startswith("epoch") for line in seen) <= 3
 
 
 def test_a_worker_killed_in_the_second_heads_leaves_the_first(undisturbed: Trained, tmp_path: Path):
